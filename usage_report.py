@@ -298,7 +298,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
     start, end, now = args.start.strip(), args.end.strip(), datetime.fromtimestamp(int(time.time()), timezone.utc)
     if args.period.strip():
         if start or end:
-            raise SettingsError("--period goes without --start and --end: give one or the other, like --period 2026-03.")
+            raise SettingsError("--period goes without --start and --end: give either, like --period 2026-03.")
         start, end = map(str, period_days(args.period.strip(), now.date()))
     window = check_window(start or setting("START_DATE"), end or setting("END_DATE"), now)
     return settings._replace(window=window)
@@ -438,7 +438,8 @@ def new_session(sign: Callable[[requests.PreparedRequest], requests.PreparedRequ
 
 def describe(error: Exception) -> str:
     """Why there is no answer, without the exception's own text: that can hold a signed URL."""
-    if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
+    cause = error.args[0] if error.args else error  # requests wraps what urllib3 raises inside a body
+    if isinstance(error, requests.Timeout) or isinstance(cause, urllib3.exceptions.TimeoutError):
         return "no answer in time"
     if isinstance(error, requests.exceptions.SSLError):
         return "its certificate is not trusted (behind a company proxy, set REQUESTS_CA_BUNDLE)"
@@ -494,18 +495,15 @@ class Api:
             request.headers["Circle-Token"] = token
             return request
 
-        self.base_url = base_url
-        self.session = new_session(sign)
-        # Minutes pass between two polls, and a connection that is kept so long dies unseen.
-        self.session.headers["Connection"] = "close"
+        self.base_url, self.sign = base_url, sign
 
     def request(self, method: str, path: str, body: object = None) -> Any:
         """The JSON of one answer. Raises Transient (Unreachable, AnswerLost), RateLimited or Refused."""
-        what, began = f"{method} {path}", time.time()
+        what, url, began = f"{method} {path}", self.base_url + path, time.time()
         try:
-            answer = self.session.request(
-                method, self.base_url + path, json=body, timeout=TIMEOUTS, allow_redirects=False
-            )
+            # A connection each time: minutes pass between two polls, and one that is kept so long dies unseen.
+            with new_session(self.sign) as session:
+                answer = session.request(method, url, json=body, timeout=TIMEOUTS, allow_redirects=False)
         except requests.RequestException as error:
             # MaxRetryError means that connecting failed; urllib3 has other errors once the request is out.
             unsent = bool(error.args) and isinstance(error.args[0], urllib3.exceptions.MaxRetryError)
@@ -517,7 +515,7 @@ class Api:
         except ValueError:
             content = None
         message = content.get("message") if isinstance(content, dict) else None
-        said = f"{what} was answered {status}: {message or answer.reason or 'no message'}."
+        said = f"{what} was answered {status}: {str(message or answer.reason or 'no message').rstrip('.')}."
         if status == 429:
             limited = RateLimited(said)
             limited.seconds = limit_seconds(answer.headers)
@@ -529,7 +527,7 @@ class Api:
             refused.status = status
             raise refused
         if content is None:
-            raise AnswerUnreadable(f"{what} was answered {status} without JSON: is there a proxy or login page between?")
+            raise AnswerUnreadable(f"{what} was answered {status} without JSON: is a proxy or login page between?")
         return content
 
 
@@ -669,7 +667,7 @@ def hold_lock(path: Path) -> io.BufferedRandom:
     while True:
         path.parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another run may just now remove the folder
-            file = open(path, "a+b")
+            file = open(path, "a+b")  # noqa: SIM115  (the caller closes it)
             try:
                 if sys.platform == "win32":
                     msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -699,9 +697,10 @@ def export_folder(settings: Settings, organizations: Iterable[str]) -> Path:
     return settings.output / f".export-{hashlib.sha256(' '.join(asked).encode()).hexdigest()[:16]}"
 
 
-def ask_for_export(api: Api, path: str, body: Mapping[str, object], export: Export) -> None:
+def ask_for_export(api: Api, path: str, request: Mapping[str, Any], export: Export) -> None:
     """The POST, and its job ID on disk. After a lost answer it is sent once more and no oftener: each may
     have made an export, and the API lists none of them."""
+    export.label = f"{request['start'][:10]}_{request['end'][:10]}"
     export.save()  # a disk without room fails here, before anything is spent
     lost = 0
 
@@ -709,7 +708,7 @@ def ask_for_export(api: Api, path: str, body: Mapping[str, object], export: Expo
         nonlocal lost
         asked_at = time.time()
         try:
-            answer = api.request("POST", path, body)
+            answer = api.request("POST", path, request)
             if not isinstance(answer, dict) or not isinstance(answer.get("usage_export_job_id"), str):
                 raise AnswerUnreadable(f"POST {path} was answered without a usage_export_job_id.")
         except AnswerLost as error:
@@ -734,7 +733,7 @@ FIRST_POLL = 15.0
 # The best use of 10 GETs an hour for a job of unknown length is a geometric series: the report is late by
 # the same share of the job's length, short or long. GET k comes GROWTH**k * 15 s after the POST, and
 # GET 10 must come an hour after GET 0. So 15 * GROWTH**10 = 15 + an hour: GROWTH is about 1.73.
-GROWTH = (LIMIT_HOUR / FIRST_POLL + 1) ** (1 / GETS_AN_HOUR)
+GROWTH: float = (LIMIT_HOUR / FIRST_POLL + 1) ** (1 / GETS_AN_HOUR)
 EVERY = LIMIT_HOUR / GETS_AN_HOUR
 
 
@@ -758,10 +757,11 @@ def next_poll(asked_at: float, polls: Sequence[float], hurried: int = 0) -> floa
 def await_links(api: Api, path: str, export: Export) -> list[str]:
     """The download_urls of the completed job. Raises NotFinished if it takes over its time; NoUsage, or
     ReportError for a failed job, and forgets the export; or what Api.request raises."""
-    state, not_before, last_chance = "asked for", 0.0, max(time.time(), export.asked_at + PATIENCE)
+    state, not_before, last_chance = "asked for", 0.0, 0.0
     empty, hurried = 0, 1 if export.parts else 0  # with parts it is completed, and only needs fresh links
     while True:
         due = max(not_before, next_poll(export.asked_at, export.polls, hurried))
+        last_chance = last_chance or max(due, export.asked_at + PATIENCE)  # one check at least in every run
         if due > last_chance:
             clock = time.strftime("%H:%M", time.localtime(due))
             raise NotFinished(f"Export job {export.job_id} is not finished ({state}). Check again after {clock}.")
@@ -771,7 +771,7 @@ def await_links(api: Api, path: str, export: Export) -> list[str]:
         try:
             state, urls, reason = read_job(api.request("GET", path))
         except RateLimited as error:
-            not_before = time.time() + error.seconds
+            not_before, hurried = time.time() + error.seconds, max(hurried, 1)
             log.warning("%s It says to wait %s.", error, span(error.seconds))
             continue
         except Transient as error:
@@ -1059,7 +1059,7 @@ def summary(tally: Tally, organizations: Mapping[str, str]) -> str:
 # --- The run ---
 
 
-def obtain_parts(api: Api, path: str, request: Mapping[str, object], export: Export) -> list[Path]:
+def obtain_parts(api: Api, path: str, request: Mapping[str, Any], export: Export) -> list[Path]:
     """The complete parts, of the export under way or else of a new one. An export that CircleCI no longer
     knows is asked for anew, once."""
     asked_anew, expired = not request, 0
@@ -1071,11 +1071,10 @@ def obtain_parts(api: Api, path: str, request: Mapping[str, object], export: Exp
         except Refused as error:
             if error.status != 404:
                 raise
-            label = export.label
             export.forget()
             if asked_anew:
                 raise
-            asked_anew, export.label = True, label
+            asked_anew = True
             log.warning("%s The export is asked for anew.", error)
         except LinkExpired as error:
             expired += 1
@@ -1116,23 +1115,20 @@ def produce(api: Api, settings: Settings, organizations: Mapping[str, str], expo
     """From the request to the report: its path, or nothing after a dry run."""
     began = time.time()
     path = f"/api/v2/organizations/{settings.primary}/usage_export_job"
-    request: dict[str, object] = {}
-    label = settings.job_id
+    request: dict[str, Any] = {}
     if settings.window:
         start, end, _ = settings.window
         request = {"start": iso(start), "end": iso(end), "shared_org_ids": list(organizations)}
-        label = f"{start:%Y-%m-%d}_{end:%Y-%m-%d}"
     if dry_run:
-        shown = f"POST {path}\n{json.dumps(request, indent=2)}" if request else f"GET {path}/{label}"
+        shown = f"POST {path}\n{json.dumps(request, indent=2)}" if request else f"GET {path}/{settings.job_id}"
         log.info("Dry run: nothing was asked for. The request would be\n%s", shown)
         return ""
     with export.opened(export_folder(settings, organizations)):
         if export.job_id:
             log.info("Going on with export job %s of an earlier run.", export.job_id)
-        else:
-            export.label = label
-            if settings.job_id:  # its age is not known, and it may well be completed: look at once
-                export.job_id, export.asked_at = settings.job_id, time.time() - FIRST_POLL
+        elif settings.job_id:  # its age is not known, and it may well be completed: look at once
+            export.job_id, export.label = settings.job_id, settings.job_id
+            export.asked_at = time.time() - FIRST_POLL
         merged = export.folder / "merged.csv"
         report = placed_before(merged, settings.output, export)
         if report:

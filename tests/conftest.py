@@ -1,70 +1,47 @@
-"""What the tests share: the fake CircleCI, a clock that stands in for time, and two ways to run the script."""
+"""What the tests share: the fake CircleCI, stood-in time, and a way to run the script in this process."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
 import pytest
+from clocks import PROJECT, Clock, FastTime, Result
+from fake_circleci import PRIMARY, TOKEN, FakeCircleCI
 
-PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 import usage_report  # noqa: E402
-from fake_circleci import PRIMARY, TOKEN, FakeCircleCI  # noqa: E402
 
 VARIABLES = ("CIRCLE_TOKEN", "PRIMARY_ORG_ID", "START_DATE", "END_DATE", "SHARED_ORG_IDS", "CIRCLECI_BASE_URL")
-NOW = 1792843200.0  # 2026-10-24T08:00:00Z
 WINDOW = {"START_DATE": "2026-09-01", "END_DATE": "2026-09-30"}
-
-
-class Clock:
-    """Stands in for time.time and time.sleep: sleeping takes no time and moves the clock."""
-
-    def __init__(self, now: float) -> None:
-        self.now = now
-        self.lock = threading.Lock()
-
-    def time(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        with self.lock:
-            self.now += seconds
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def report(self) -> Path:
-        return Path(self.out.rstrip("\n"))
-
-    @property
-    def last_line(self) -> str:
-        return self.err.rstrip("\n").split("\n")[-1]
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock(NOW)
-    monkeypatch.setattr(time, "time", clock.time)
-    monkeypatch.setattr(time, "sleep", clock.sleep)
+    clock = Clock()
+    monkeypatch.setattr(time, "time", lambda: clock.time())
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.sleep(seconds))
     return clock
 
 
 @pytest.fixture
 def fake(clock: Clock) -> Iterator[FakeCircleCI]:
     fake = FakeCircleCI(clock.time)
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def fast() -> FastTime:
+    return FastTime(500)
+
+
+@pytest.fixture
+def fast_fake(fast: FastTime) -> Iterator[FakeCircleCI]:
+    fake = FakeCircleCI(fast.time)
     yield fake
     fake.close()
 

@@ -1,0 +1,69 @@
+"""How late the report is, for export jobs from 15 seconds to 4 hours.
+
+    python tests/bench_polling.py
+
+Runs the real script against the fake CircleCI in stood-in time, and prints a table: job length, time from
+its completion to the report (overshoot), and the GETs that the job took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+from unittest import mock
+
+from clocks import PROJECT, Clock
+from fake_circleci import PRIMARY, TOKEN, FakeCircleCI
+
+sys.path.insert(0, str(PROJECT))
+
+import usage_report  # noqa: E402
+
+
+class Row(NamedTuple):
+    job_seconds: float
+    overshoot: float  # seconds
+    gets: int
+    most_in_an_hour: int
+
+
+def most_in_an_hour(moments: list[float]) -> int:
+    return max(sum(at <= other < at + 3600 for other in moments) for at in moments)
+
+
+def measure(job_seconds: float) -> Row:
+    clock = Clock()
+    fake = FakeCircleCI(clock.time)
+    fake.job_seconds = job_seconds
+    settings = {"CIRCLE_TOKEN": TOKEN, "PRIMARY_ORG_ID": PRIMARY, "CIRCLECI_BASE_URL": fake.url}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, settings):
+        with mock.patch.multiple(time, time=clock.time, sleep=clock.sleep), contextlib.redirect_stdout(io.StringIO()):
+            period = ["--start", "2026-09-01", "--end", "2026-09-30"]
+            code = usage_report.main(["--env-file", os.devnull, "--quiet", "--output-dir", folder, *period])
+    fake.close()
+    assert code == 0
+    (job,) = fake.jobs.values()
+    gets = [one.at for one in fake.requests("GET")]
+    return Row(job_seconds, clock.now - job.created_at - job_seconds, len(gets), most_in_an_hour(gets))
+
+
+def measure_all(count: int = 48) -> list[Row]:
+    """Job lengths evenly on a log scale from 15 s to 4 h."""
+    return [measure(15 * (4 * 3600 / 15) ** (n / (count - 1))) for n in range(count)]
+
+
+if __name__ == "__main__":
+    rows = measure_all()
+    print("  job length   overshoot   share   GETs   most in an hour")
+    for row in rows:
+        share = row.overshoot / row.job_seconds
+        print(f"{row.job_seconds:10.0f} s {row.overshoot:9.0f} s {share:7.2f} {row.gets:6} {row.most_in_an_hour:9}")
+    shares = [row.overshoot / row.job_seconds for row in rows]
+    late = max(row.overshoot for row in rows if row.job_seconds > 3600)
+    print(f"overshoot as a share of the job's length: worst {max(shares):.2f}, mean {sum(shares) / len(shares):.2f}")
+    print(f"overshoot of jobs over an hour: at most {late:.0f} s")

@@ -1,0 +1,41 @@
+"""The project itself: its layout, its packages, and the examples that people copy from."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import dotenv
+import usage_report
+from conftest import PROJECT
+
+SCRIPT = (PROJECT / "usage_report.py").read_text("utf-8")
+README = (PROJECT / "README.md").read_text("utf-8")
+
+
+def test_the_top_level_shows_what_the_design_card_allows():
+    tracked = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split()
+    visible = {name.split("/")[0] for name in tracked if not name.startswith(".")} | {".env.example"}
+    assert visible == {"usage_report.py", "requirements.txt", ".env.example", "README.md", "tests", "usage_reports"}
+    assert [name for name in tracked if name.startswith("usage_reports/")] == ["usage_reports/.gitkeep"]
+
+
+def test_the_inline_script_block_equals_requirements_txt():
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///\n", SCRIPT)[1]
+    inline = re.findall(r"^#   '(.+)',$", block, re.MULTILINE)
+    assert inline == (PROJECT / "requirements.txt").read_text().splitlines()
+    assert {re.match(r"[\w-]+", line)[0] for line in inline} == {"requests", "python-dotenv"}
+
+
+def test_the_example_settings_are_the_settings_there_are():
+    text = (PROJECT / ".env.example").read_text()
+    assert dotenv.dotenv_values(PROJECT / ".env.example")["CIRCLE_TOKEN"] == usage_report.PLACEHOLDER
+    names = set(re.findall(r"(?m)^#?([A-Z_]+)=", text))
+    assert names == set(re.findall(r'setting\("([A-Z_]+)"\)', SCRIPT))
+
+
+def test_the_readme_names_every_setting_flag_and_exit_code():
+    for name in re.findall(r'setting\("([A-Z_]+)"\)|add\("(--[a-z-]+)"', SCRIPT):
+        assert "".join(name) in README
+    for code in (0, 1, 2, 3, 75, 130, 143):
+        assert re.search(rf"(?m)^\| {code}\b", README)
