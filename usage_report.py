@@ -89,7 +89,7 @@ SCRIPT_FOLDER = Path(__file__).resolve().parent
 PLACEHOLDER = "your-personal-api-token"  # what .env.example has for CIRCLE_TOKEN
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 BOM = b"\xef\xbb\xbf"
-GZIP_MAGIC = b"\x1f\x8b"
+GZIP_MAGIC = b"\x1f"  # the first of its two bytes: no CSV begins with it
 
 
 # --- What can go wrong ---
@@ -438,8 +438,8 @@ def new_session(sign: Callable[[requests.PreparedRequest], requests.PreparedRequ
 
 def describe(error: Exception) -> str:
     """Why there is no answer, without the exception's own text: that can hold a signed URL."""
-    cause = error.args[0] if error.args else error  # requests wraps what urllib3 raises inside a body
-    if isinstance(error, requests.Timeout) or isinstance(cause, urllib3.exceptions.TimeoutError):
+    timeouts = (requests.Timeout, urllib3.exceptions.TimeoutError)
+    if any(isinstance(one, timeouts) for one in (error, *error.args)):  # requests wraps what urllib3 raises
         return "no answer in time"
     if isinstance(error, requests.exceptions.SSLError):
         return "its certificate is not trusted (behind a company proxy, set REQUESTS_CA_BUNDLE)"
@@ -606,6 +606,9 @@ class Export:
         try:
             self.load()
             yield
+        except NoUsage:
+            self.forget()
+            raise
         finally:
             if not self.job_id:
                 self.forget()
@@ -755,8 +758,8 @@ def next_poll(asked_at: float, polls: Sequence[float], hurried: int = 0) -> floa
 
 
 def await_links(api: Api, path: str, export: Export) -> list[str]:
-    """The download_urls of the completed job. Raises NotFinished if it takes over its time; NoUsage, or
-    ReportError for a failed job, and forgets the export; or what Api.request raises."""
+    """The download_urls of the completed job. Raises NotFinished if it takes over its time, NoUsage if it
+    has none, ReportError if it failed, and what Api.request raises."""
     state, not_before, last_chance = "asked for", 0.0, 0.0
     empty, hurried = 0, 1 if export.parts else 0  # with parts it is completed, and only needs fresh links
     while True:
@@ -787,7 +790,6 @@ def await_links(api: Api, path: str, export: Export) -> list[str]:
                 return urls
             empty, hurried = empty + 1, empty + 1  # links can come later than the state (source: CircleCI support)
             if empty == 3:
-                export.forget()
                 raise NoUsage("The export is completed and has no files: there is no usage in this window.")
         elif state == "failed":
             export.forget()
@@ -907,11 +909,7 @@ def body(answer: requests.Response, count: Callable[[int], None]) -> Iterator[by
 def gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The bytes without one layer of gzip, if there is one. zlib checks the CRC-32 and length of every
     member. Raises zlib.error for a stream that is damaged, breaks off, or is followed by something else."""
-    head = b""
-    for chunk in chunks:
-        head += chunk
-        if len(head) >= len(GZIP_MAGIC):
-            break
+    head = next(chunks, b"")
     chunks = itertools.chain([head], chunks)
     if not head.startswith(GZIP_MAGIC):
         yield from chunks
@@ -920,7 +918,8 @@ def gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
     for chunk in chunks:
         while chunk:
             member = member or zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-            yield member.decompress(chunk, BLOCK)  # no more at once, however far it expands
+            if plain := member.decompress(chunk, BLOCK):  # no more at once, however far it expands
+                yield plain
             chunk = member.unconsumed_tail
             if member.eof:
                 chunk, member = member.unused_data, None

@@ -161,6 +161,7 @@ class FakeCircleCI:
         self.empty_answers = 0
         self.odd_states: list[str] = []  # said by the next GETs
         self.link_seconds = 3600.0
+        self.post_seconds = 0.0  # real seconds from taking a POST on to its answer
         self.limits = {"POST": 10, "GET": 10}
         self.throttle_header = "seconds"  # or date, reset, none
         self.planned: dict[str, list[Answer]] = defaultdict(list)
@@ -172,8 +173,7 @@ class FakeCircleCI:
         self.url, self.store_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
 
     def serve(self, handler: type[Handler]) -> ThreadingHTTPServer:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type(handler.__name__, (handler,), {"fake": self}))
-        server.daemon_threads = True
+        server = Server(("127.0.0.1", 0), type(handler.__name__, (handler,), {"fake": self}))
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return server
 
@@ -199,6 +199,14 @@ class FakeCircleCI:
     def report(self) -> bytes:
         """What the report of all organizations must be, byte for byte."""
         return HEADER + b"".join(row for rows in self.usage.values() for row in rows)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, *args: object) -> None:
+        """A client that hangs up is what tests are about, and no news."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -295,6 +303,8 @@ class ApiHandler(Handler):
                 )
             else:
                 answer = problem(404, "Not found.")
+        if kind == "POST":
+            time_passes(fake.post_seconds)
         return Answer(drop=True) if planned else answer
 
     def throttled(self, method: str, organization: str) -> Answer | None:
