@@ -97,6 +97,8 @@ def test_interrupted_it_says_that_the_same_command_goes_on(output, number, code,
     assert result.code == code and result.out == ""
     assert "it goes on at CircleCI, and the same command collects it" in result.last_line
     assert "Traceback" not in result.err
+    for answers in fake.parts:
+        answers[0].pause = 0
     assert (result := fast.run(fake, "--output-dir", output)).code == 0, result.err
     assert result.report.read_bytes() == expected and len(fake.jobs) == 1 and leftovers(output) == []
     fake.close()
