@@ -55,7 +55,7 @@ from functools import partial
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import dotenv
 import requests
@@ -825,7 +825,7 @@ def show_wait(export: Export, state: str, left: float) -> None:
 
 def part_name(number: int, url: str) -> str:
     """A file name that stays the same when the link is signed anew."""
-    return f"part-{number:04d}-{hashlib.sha256(urlsplit(url).path.encode()).hexdigest()[:12]}.csv"
+    return f"part-{number:04d}-{hashlib.sha256(url.partition('?')[0].encode()).hexdigest()[:12]}.csv"
 
 
 def download_parts(urls: Sequence[str], export: Export) -> None:
@@ -838,7 +838,7 @@ def download_parts(urls: Sequence[str], export: Export) -> None:
     interrupted = threading.Event()
 
     def fetch(number: int) -> None:
-        what = f"Part {number + 1} of {len(urls)} ({urlsplit(urls[number]).hostname})"
+        what = f"Part {number + 1} of {len(urls)}"
 
         def count(size: int) -> None:
             received[number] += size

@@ -58,13 +58,13 @@ class FastTime:
     def time(self) -> float:
         return self.began + (REAL_TIME() - self.began) * self.speed
 
-    def start(self, fake: FakeCircleCI, *command: str | Path, **variables: str) -> subprocess.Popen[str]:
+    def start(self, fake: FakeCircleCI, *command: str | Path, stderr: int = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
         """The real script as a child process, with settings for the fake and no others."""
         begun = time.gmtime(self.began - 28 * 86400)
         return subprocess.Popen(
             [sys.executable, PROJECT / "usage_report.py", "--env-file", os.devnull, *command],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             env={
                 "PATH": os.environ["PATH"],

@@ -81,7 +81,7 @@ FOREVER = 99
 @pytest.mark.parametrize(
     "middle, code, said",
     [
-        pytest.param([Answer(PACKED[1][:-9])], 1, "Part 2 of 3 .* is damaged", id="truncated gzip"),
+        pytest.param([Answer(PACKED[1][:-9])], 1, "Part 2 of 3 is damaged", id="truncated gzip"),
         pytest.param([Answer(damaged(PACKED[1]))], 1, "is damaged", id="wrong CRC-32"),
         pytest.param([Answer(PACKED[1] + b"more")], 1, "is damaged", id="bytes after the gzip stream"),
         pytest.param([Answer(b"<html>Log in</html>")], 1, "is a web page", id="HTML"),
@@ -119,7 +119,7 @@ def test_a_stall_longer_than_the_read_timeout(fake, run, monkeypatch):
     monkeypatch.setattr(usage_report, "TIMEOUTS", (1, 0.1))
     fake.parts = [FIRST, [Answer(PACKED[1], bytes_a_write=200, pause=0.3), good], LAST]
     result = run()
-    assert result.code == 0 and "Part 2 of 3 (127.0.0.1) did not come through: no answer in time" in result.err
+    assert result.code == 0 and "Part 2 of 3 did not come through: no answer in time" in result.err
     assert result.report.read_bytes() == WHOLE
 
 
