@@ -116,7 +116,9 @@ class NotFinished(ReportError):
 class Refused(ReportError):
     """The API answered with a status that stays the same however often it is asked."""
 
-    status = 0
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class LinkExpired(ReportError):
@@ -146,7 +148,11 @@ class AnswerUnreadable(AnswerLost):
 
 
 class RateLimited(NotFinished):
-    seconds = 0.0  # to wait, as the server says
+    """The limit is used up for so many seconds."""
+
+    def __init__(self, text: str, seconds: float) -> None:
+        super().__init__(text)
+        self.seconds = seconds
 
 
 class Terminated(KeyboardInterrupt):
@@ -517,15 +523,11 @@ class Api:
         message = content.get("message") if isinstance(content, dict) else None
         said = f"{what} was answered {status}: {str(message or answer.reason or 'no message').rstrip('.')}."
         if status == 429:
-            limited = RateLimited(said)
-            limited.seconds = limit_seconds(answer.headers)
-            raise limited
+            raise RateLimited(said, limit_seconds(answer.headers))
         if status == 408 or status >= 500:
             raise Transient(said)
         if not 200 <= status < 300:
-            refused = Refused(f"{said} {self.HINTS.get(status, '')}".rstrip())
-            refused.status = status
-            raise refused
+            raise Refused(f"{said} {self.HINTS.get(status, '')}".rstrip(), status)
         if content is None:
             raise AnswerUnreadable(f"{what} was answered {status} without JSON: is a proxy or login page between?")
         return content
@@ -599,23 +601,22 @@ class Export:
 
     @contextlib.contextmanager
     def opened(self, folder: Path) -> Iterator[None]:
-        """Hold the folder for this run alone, and take up what an earlier one left there. The folder goes
-        when no job is left in it. Raises NotFinished if another run holds it."""
+        """Hold the folder for this run alone, and take up what an earlier one left there. It goes when there
+        is no job to come back to. Raises NotFinished if another run holds it."""
         self.folder = folder
-        lock = hold_lock(folder / "lock")
-        try:
+        with hold_lock(folder / "lock"):
             self.load()
-            yield
-        except NoUsage:
-            self.forget()
-            raise
-        finally:
-            if not self.job_id:
+            try:
+                yield
+            except NoUsage:
                 self.forget()
-            gone = not self.job_id and remove_folder(folder)
-            lock.close()
-            if not self.job_id and not gone:  # Windows removes no file that is open
-                remove_folder(folder)
+                raise
+            finally:
+                if not self.job_id:
+                    self.forget()
+                    remove_folder(folder)
+        if sys.platform == "win32" and not self.job_id:  # which removes no file that is open
+            remove_folder(folder)
 
     def load(self) -> None:
         try:
@@ -641,10 +642,11 @@ class Export:
         flush_folder(self.folder)
 
     def forget(self) -> None:
+        """Start over, but for the GETs: they count for the organization, whatever the job."""
         for path in self.folder.glob("*"):
             if path.name != "lock":
                 path.unlink()
-        vars(self).update(vars(Export(self.folder)))
+        vars(self).update(vars(Export(self.folder, polls=self.polls)))
 
     def complete_parts(self) -> list[Path]:
         """The parts in order if all are here, else nothing."""
@@ -684,12 +686,10 @@ def hold_lock(path: Path) -> io.BufferedRandom:
             file.close()
 
 
-def remove_folder(folder: Path) -> bool:
-    """Whether the folder, empty but for the lock, is gone."""
+def remove_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):
         (folder / "lock").unlink()
         folder.rmdir()
-    return not folder.exists()
 
 
 def export_folder(settings: Settings, organizations: Iterable[str]) -> Path:
@@ -760,7 +760,7 @@ def next_poll(asked_at: float, polls: Sequence[float], hurried: int = 0) -> floa
 def await_links(api: Api, path: str, export: Export) -> list[str]:
     """The download_urls of the completed job. Raises NotFinished if it takes over its time, NoUsage if it
     has none, ReportError if it failed, and what Api.request raises."""
-    state, not_before, last_chance = "asked for", 0.0, 0.0
+    state, not_before, last_chance = "requested", 0.0, 0.0
     empty, hurried = 0, 1 if export.parts else 0  # with parts it is completed, and only needs fresh links
     while True:
         due = max(not_before, next_poll(export.asked_at, export.polls, hurried))
@@ -815,8 +815,8 @@ def read_job(answer: Any) -> tuple[str, list[str], str]:
 def show_wait(export: Export, state: str, left: float) -> None:
     used = sum(at > time.time() - 3600 for at in export.polls)
     live(
-        f"Export {state}, {span(time.time() - export.asked_at)} so far; next check in {span(left)}; "
-        f"{used} of this hour's {GETS_AN_HOUR} checks used"
+        f"Export {state}, {span(time.time() - export.asked_at)}. Next check in {span(left)}, "
+        f"{used} of {GETS_AN_HOUR} this hour used."
     )
 
 
@@ -1174,7 +1174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("Interrupted%s.", "" if export.job_id else " before an export was asked for")
     except OSError as error:
         code = NotFinished.code
-        log.error("%s: %s. Mend that, then run the same command again.", error.strerror, error.filename or "the disk")
+        where = error.filename or "the output folder"
+        log.error("%s: %s. Mend that, then run the same command again.", error.strerror or error, where)
     if export.job_id:
         log.error(
             "Export job %s is not lost: it goes on at CircleCI, and the same command collects it, as does --job-id. "

@@ -34,28 +34,21 @@ UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 # The columns of a real export, in its order.
-COLUMNS = (
-    "ORGANIZATION_ID ORGANIZATION_NAME ORGANIZATION_CREATED_DATE PROJECT_ID PROJECT_NAME PROJECT_CREATED_DATE "
-    "LAST_BUILD_FINISHED_AT VCS_NAME VCS_URL VCS_BRANCH PIPELINE_ID PIPELINE_CREATED_AT PIPELINE_NUMBER "
-    "IS_UNREGISTERED_USER PIPELINE_TRIGGER_SOURCE PIPELINE_TRIGGER_USER_ID WORKFLOW_ID WORKFLOW_NAME "
-    "WORKFLOW_FIRST_JOB_QUEUED_AT WORKFLOW_FIRST_JOB_STARTED_AT WORKFLOW_STOPPED_AT IS_WORKFLOW_SUCCESSFUL "
-    "JOB_NAME JOB_RUN_NUMBER JOB_ID JOB_RUN_DATE JOB_RUN_QUEUED_AT JOB_RUN_STARTED_AT JOB_RUN_STOPPED_AT "
-    "JOB_BUILD_STATUS RESOURCE_CLASS OPERATING_SYSTEM EXECUTOR PARALLELISM JOB_RUN_SECONDS "
-    "MEDIAN_CPU_UTILIZATION_PCT MAX_CPU_UTILIZATION_PCT MEDIAN_RAM_UTILIZATION_PCT MAX_RAM_UTILIZATION_PCT "
-    "COMPUTE_CREDITS DLC_CREDITS USER_CREDITS STORAGE_CREDITS NETWORK_CREDITS LEASE_CREDITS "
-    "LEASE_OVERAGE_CREDITS IPRANGES_CREDITS TOTAL_CREDITS"
-).split()
+COLUMNS = ["ORGANIZATION_ID", "ORGANIZATION_NAME", "ORGANIZATION_CREATED_DATE", "PROJECT_ID", "PROJECT_NAME", "PROJECT_CREATED_DATE", "LAST_BUILD_FINISHED_AT", "VCS_NAME", "VCS_URL", "VCS_BRANCH", "PIPELINE_ID", "PIPELINE_CREATED_AT", "PIPELINE_NUMBER", "IS_UNREGISTERED_USER", "PIPELINE_TRIGGER_SOURCE", "PIPELINE_TRIGGER_USER_ID", "WORKFLOW_ID", "WORKFLOW_NAME", "WORKFLOW_FIRST_JOB_QUEUED_AT", "WORKFLOW_FIRST_JOB_STARTED_AT", "WORKFLOW_STOPPED_AT", "IS_WORKFLOW_SUCCESSFUL", "JOB_NAME", "JOB_RUN_NUMBER", "JOB_ID", "JOB_RUN_DATE", "JOB_RUN_QUEUED_AT", "JOB_RUN_STARTED_AT", "JOB_RUN_STOPPED_AT", "JOB_BUILD_STATUS", "RESOURCE_CLASS", "OPERATING_SYSTEM", "EXECUTOR", "PARALLELISM", "JOB_RUN_SECONDS", "MEDIAN_CPU_UTILIZATION_PCT", "MAX_CPU_UTILIZATION_PCT", "MEDIAN_RAM_UTILIZATION_PCT", "MAX_RAM_UTILIZATION_PCT", "COMPUTE_CREDITS", "DLC_CREDITS", "USER_CREDITS", "STORAGE_CREDITS", "NETWORK_CREDITS", "LEASE_CREDITS", "LEASE_OVERAGE_CREDITS", "IPRANGES_CREDITS", "TOTAL_CREDITS"]
 HEADER = ",".join(COLUMNS).encode() + b"\n"
 NO_VALUE = r"\\N"  # as the real export has it: two backslashes and N
 
 
-def make_rows(count: int, organization: str = PRIMARY, name: str = "Acme", seed: int = 0) -> list[bytes]:
-    """Job runs in the real file's columns and escapes, believable and the same for the same seed."""
-    dice = random.Random(f"{seed} {organization}")
+def make_rows(
+    count: int, organization: str = PRIMARY, name: str = "Acme", since: datetime = datetime(2026, 10, 1)
+) -> list[bytes]:
+    """Job runs of the four weeks since a day, in the real file's columns and escapes; believable, and the same
+    whenever they are made."""
+    dice = random.Random(organization)
     project = str(uuid.UUID(int=dice.getrandbits(128)))
     rows = []
     for number in range(count):
-        at = datetime(2026, 10, 1) + timedelta(seconds=dice.randrange(30 * 86400))
+        at = since + timedelta(seconds=dice.randrange(28 * 86400))
         seconds = int(dice.lognormvariate(5, 1)) + 1
         repository = dice.choice(["api", "web", "worker", "docs"])
         size, rate = dice.choice([("small", 5), ("medium", 10), ("large", 20), ("xlarge", 40)])

@@ -92,7 +92,7 @@ def test_on_a_terminal(output, width, variables):
     screen = Screen(width)
     text = raw.decode("utf-8", "replace").replace("\r\n", "\n")
     screen.write(text)
-    live = re.findall(r"\rExport [a-z ]+, 0:00:\d\d so far; next check in 0:00:\d\d; (\d) of this hour's 10", text)
+    live = re.findall(r"\rExport [a-z]+, 0:00:\d\d\. Next check in 0:00:\d\d, (\d) of 10 this hour used\.", text)
     shown = screen.shown()
     if "dumb" in variables.values():
         assert not live and "\r" not in text and LINE.fullmatch(shown[0])

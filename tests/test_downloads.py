@@ -9,9 +9,10 @@ import time
 import zlib
 
 import pytest
-import usage_report
 from conftest import leftovers
 from fake_circleci import COLUMNS, HEADER, ORGANIZATIONS, PRIMARY, Answer, make_rows, problem, split
+
+import usage_report
 
 ROWS = make_rows(60)
 PLAIN = [HEADER + b"".join(piece) for piece in split(ROWS, 3)]

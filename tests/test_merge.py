@@ -9,10 +9,11 @@ from collections import Counter
 from decimal import Decimal
 
 import pytest
-import usage_report
 from fake_circleci import COLUMNS, HEADER, ORGANIZATIONS, PRIMARY, make_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import usage_report
 from usage_report import BOM, Tally
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

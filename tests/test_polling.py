@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-import usage_report
 from bench_polling import measure_all, most_in_an_hour
 from clocks import Clock
 from fake_circleci import PRIMARY, Answer, problem
+
+import usage_report
 
 
 def test_the_report_is_as_early_as_the_limits_allow():

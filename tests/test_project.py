@@ -6,8 +6,9 @@ import re
 import subprocess
 
 import dotenv
-import usage_report
 from conftest import PROJECT
+
+import usage_report
 
 SCRIPT = (PROJECT / "usage_report.py").read_text("utf-8")
 README = (PROJECT / "README.md").read_text("utf-8")

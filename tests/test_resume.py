@@ -179,6 +179,19 @@ def test_a_damaged_state_is_treated_as_absent(fake, run, clock, output, monkeypa
     assert len(fake.requests("POST")) == 2 and leftovers(output) == []
 
 
+def test_a_state_that_cannot_be_read_for_now_is_not_lost(fake, run, clock, output, monkeypatch):
+    interrupt_after(clock, 5, monkeypatch)
+    assert run().code == 130
+    state = next(output.glob(".export-*/state.json"))
+    kept = state.with_name("kept")
+    state.rename(kept)
+    state.mkdir()
+    assert run().code == 75
+    state.rmdir()
+    kept.rename(state)
+    assert run().code == 0 and len(fake.requests("POST")) == 1
+
+
 def test_a_job_that_circleci_no_longer_knows_is_asked_for_anew(fake, run, clock, output, monkeypatch):
     interrupt_after(clock, 5, monkeypatch)
     assert run().code == 130

@@ -6,9 +6,10 @@ import json
 import re
 
 import pytest
-import usage_report
 from conftest import leftovers
 from fake_circleci import ORGANIZATIONS, PRIMARY, Answer, FakeCircleCI, in_json, problem
+
+import usage_report
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7])

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-import usage_report
 from fake_circleci import TOKEN, Answer, in_json, problem
 from test_run import always
+
+import usage_report
 
 ECHO = problem(400, f"Token {TOKEN} may not do this, see https://store.example/x?signature=abcSIGNED\x1b[31m")
 TROUBLES = {

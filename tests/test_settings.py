@@ -7,8 +7,9 @@ import os
 import re
 
 import pytest
-import usage_report
 from fake_circleci import ORGANIZATIONS, PRIMARY, TOKEN
+
+import usage_report
 
 FILE = "--env-file"
 
