@@ -41,10 +41,14 @@ def measure(job_seconds: float) -> Row:
     fake = FakeCircleCI(clock.time)
     fake.job_seconds = job_seconds
     settings = {"CIRCLE_TOKEN": TOKEN, "PRIMARY_ORG_ID": PRIMARY, "CIRCLECI_BASE_URL": fake.url}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, settings):
-        with mock.patch.multiple(time, time=clock.time, sleep=clock.sleep), contextlib.redirect_stdout(io.StringIO()):
-            period = ["--start", "2026-09-01", "--end", "2026-09-30"]
-            code = usage_report.main(["--env-file", os.devnull, "--quiet", "--output-dir", folder, *period])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, settings),
+        mock.patch.multiple(time, time=clock.time, sleep=clock.sleep),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        period = ["--start", "2026-09-01", "--end", "2026-09-30"]
+        code = usage_report.main(["--env-file", os.devnull, "--quiet", "--output-dir", folder, *period])
     fake.close()
     assert code == 0
     (job,) = fake.jobs.values()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 
 import dotenv
-from conftest import PROJECT
+from clocks import PROJECT
+from fake_circleci import HEADER, make_rows
 
 import usage_report
 
@@ -40,3 +42,16 @@ def test_the_readme_names_every_setting_flag_and_exit_code():
         assert "".join(name) in README
     for code in (0, 1, 2, 3, 75, 130, 143):
         assert re.search(rf"(?m)^\| {code}\b", README)
+
+
+def test_the_readme_snippet_makes_a_plain_csv_of_a_report(tmp_path, monkeypatch):
+    snippet = next(block for block in re.findall(r"(?s)```python\n(.*?)```", README) if "import csv" in block)
+    rows = make_rows(50, name="Acme Research, Inc.")
+    (tmp_path / "report.csv").write_bytes(HEADER + b"".join(rows))
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    with open("plain.csv", newline="", encoding="utf-8-sig") as plain:
+        table = list(csv.DictReader(plain))
+    assert len(table) == 50 and {row["ORGANIZATION_NAME"] for row in table} == {"Acme Research, Inc."}
+    assert {row["PIPELINE_TRIGGER_USER_ID"] for row in table} == {""} and "a,b" in {row["VCS_BRANCH"] for row in table}
+    assert sum(int(row["TOTAL_CREDITS"]) for row in table) == sum(int(row.rsplit(b",", 1)[1]) for row in rows)
