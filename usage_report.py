@@ -236,9 +236,11 @@ class Settings(NamedTuple):
 HELP = """\
 settings (from the environment, or from .env beside the script):
   CIRCLE_TOKEN          personal API token, required
-  PRIMARY_ORG_ID        UUID of the organization that holds the plan; without it, the choices are listed
+  PRIMARY_ORG_ID        UUID of the organization that holds the plan, required;
+                        where it is empty, the choices are listed
   START_DATE, END_DATE  the window, where no flag gives it
-  SHARED_ORG_IDS        comma-separated UUIDs, in place of asking CircleCI which organizations share the plan
+  SHARED_ORG_IDS        comma-separated UUIDs: report these organizations, do
+                        not ask CircleCI which ones share the plan
   CIRCLECI_BASE_URL     default https://circleci.com
 
 examples:
@@ -248,8 +250,8 @@ examples:
   python usage_report.py --job-id e8235eed-f121-4ae3-9c72-2719d6572818
   csv=$(python usage_report.py --quiet --period last-month)
 
-exit codes: 0 done, 1 failed, 2 wrong setting, 3 no usage, 75 run again to go on,
-130 and 143 interrupted, run again to go on"""
+exit codes: 0 done, 1 failed, 2 wrong setting, 3 no usage, 75 not finished,
+130 and 143 interrupted; after 75, 130 and 143 the same command goes on"""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
