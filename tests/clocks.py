@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from fake_circleci import PRIMARY, TOKEN, FakeCircleCI
 
@@ -58,12 +59,19 @@ class FastTime:
     def time(self) -> float:
         return self.began + (REAL_TIME() - self.began) * self.speed
 
-    def start(self, fake: FakeCircleCI, *command: str | Path, stderr: int = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
+    def start(
+        self,
+        fake: FakeCircleCI,
+        *command: str | Path,
+        stdout: int | IO[str] = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
+        **variables: str,
+    ) -> subprocess.Popen[str]:
         """The real script as a child process, with settings for the fake and no others."""
         begun = time.gmtime(self.began - 28 * 86400)
         return subprocess.Popen(
             [sys.executable, PROJECT / "usage_report.py", "--env-file", os.devnull, *command],
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=stderr,
             text=True,
             env={
@@ -79,8 +87,8 @@ class FastTime:
             },
         )
 
-    def run(self, fake: FakeCircleCI, *command: str | Path, **variables: str) -> Result:
-        return ended(self.start(fake, *command, **variables))
+    def run(self, fake: FakeCircleCI, *command: str | Path, **options: Any) -> Result:
+        return ended(self.start(fake, *command, **options))
 
 
 def ended(child: subprocess.Popen[str]) -> Result:

@@ -53,6 +53,9 @@ cut_at = [0, 1, 2, 9, 10, len(PACKED[1]) // 2, len(PACKED[1]) - 8, len(PACKED[1]
         pytest.param([Answer(PACKED[1] + b"more"), good], id="bytes after the gzip stream"),
         pytest.param([Answer(b"<html><body>Log in</body></html>"), good], id="HTML with 200"),
         pytest.param([Answer(gzip.compress(b"\xef\xbb\xbf \n<!DOCTYPE html>")), good], id="HTML in gzip"),
+        pytest.param([Answer(b" " * 900 + b"<!-- S3 --><body>Sign in"), good], id="HTML behind blanks"),
+        pytest.param([Answer(b"<Error><Code>SlowDown</Code></Error>"), good], id="an XML error with 200"),
+        pytest.param([Answer(b'{"message": "Try again."}'), good], id="a JSON error with 200"),
         pytest.param([Answer(gzip.compress(PLAIN[1][:999]) + gzip.compress(PLAIN[1][999:]))], id="several gzip members"),
         pytest.param([Answer(gzip.compress(PACKED[1]), headers={"Content-Encoding": "gzip"})], id="Content-Encoding: gzip around it"),
         pytest.param([Answer(PACKED[1], headers={"Content-Encoding": "gzip"})], id="Content-Encoding: gzip is its own gzip"),
@@ -86,7 +89,7 @@ FOREVER = 99
         pytest.param([Answer(damaged(PACKED[1]))], 1, "is damaged", id="wrong CRC-32"),
         pytest.param([Answer(PACKED[1] + b"more")], 1, "is damaged", id="bytes after the gzip stream"),
         pytest.param([Answer(b"<html>Log in</html>")], 1, "is a web page", id="HTML"),
-        pytest.param([problem(404, "?")], 1, "answered 404: it cannot be had", id="404"),
+        pytest.param([problem(404, "?")], 1, "answered 404: without it", id="404"),
         pytest.param([problem(302, "?", Location="http://127.0.0.1:9/")], 1, "answered 302", id="redirect"),
         pytest.param([problem(503, "?")], 1, "answered 503", id="503"),
         pytest.param([problem(403, "?")], 1, "answered 403: the link has expired", id="403"),
@@ -97,6 +100,7 @@ FOREVER = 99
             "Part 2 has other columns: without PROJECT_ID, without JOB_ID, with RUN_ID", id="other columns",
         ),
         pytest.param([Answer(b",".join(reversed(HEADER.strip().split(b","))) + b"\n")], 1, "in another order", id="order"),
+        pytest.param([Answer(b"Service unavailable\n")], 1, "begins with a row of 1 cells, where the header has 48", id="plain text"),
     ],
 )  # fmt: skip
 def test_trouble_for_good_leaves_no_report_and_loses_nothing(fake, run, output, middle, code, said):
@@ -108,7 +112,7 @@ def test_trouble_for_good_leaves_no_report_and_loses_nothing(fake, run, output, 
     assert not list(output.glob("all_orgs_*"))
     fetched = [len(fake.requests("GET", "store", f"data_{n}.")) for n in (0, 2)]
     fake.parts = [FIRST, [good], LAST]
-    if "columns" in said or "order" in said:
+    if "columns" in said or "order" in said or "cells" in said:
         for part in output.glob(".export-*/part-0001*"):
             part.unlink()
     assert run().report.read_bytes() == WHOLE
@@ -122,6 +126,13 @@ def test_a_stall_longer_than_the_read_timeout(fake, run, monkeypatch):
     result = run()
     assert result.code == 0 and "Part 2 of 3 did not come through: no answer in time" in result.err
     assert result.report.read_bytes() == WHOLE
+
+
+def test_an_odd_name_of_a_column_is_another_column_all_the_same(fake, run, output):
+    fake.parts = [FIRST, [Answer(PLAIN[1].replace(b"JOB_ID", b"2XLARGE %"))]]
+    result = run()
+    assert result.code == 1 and "without JOB_ID, with 2XLARGE %" in result.err
+    assert not list(output.glob("all_orgs_*"))
 
 
 def test_links_that_expire_in_the_middle_of_several_parts(fake, run):
@@ -138,6 +149,9 @@ def test_links_that_expire_in_the_middle_of_several_parts(fake, run):
         pytest.param([HEADER, HEADER + ROWS[0], b""], HEADER + ROWS[0], id="header alone, and zero bytes"),
         pytest.param([b"", b"", PLAIN[0], PLAIN[1]], PLAIN[0] + PLAIN[1].partition(b"\n")[2], id="empty parts first"),
         pytest.param([HEADER.rstrip(), b"", HEADER.rstrip()], HEADER, id="headers without newline"),
+        pytest.param(
+            [HEADER.replace(b"JOB_ID", b"CPU_%") + ROWS[0]] * 2, HEADER.replace(b"JOB_ID", b"CPU_%") + ROWS[0] * 2, id="an odd name of a column"
+        ),
         pytest.param([b"\xef\xbb\xbf" + PLAIN[0]] * 2, b"\xef\xbb\xbf" + PLAIN[0] + PLAIN[0].partition(b"\n")[2], id="BOM once, at the start"),
         pytest.param([p.replace(b"\n", b"\r\n") for p in PLAIN], WHOLE.replace(b"\n", b"\r\n"), id="CRLF"),
         pytest.param([p.replace(b"\n", b"\r\n")[:-2] for p in PLAIN], WHOLE.replace(b"\n", b"\r\n"), id="CRLF, the last missing"),

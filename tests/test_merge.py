@@ -111,6 +111,8 @@ def test_counts(block, runs, credits):
     [
         pytest.param("A,B", b"1,2\n", "columns ORGANIZATION_ID and TOTAL_CREDITS are not both there", id="other columns"),
         pytest.param(",".join(COLUMNS), row(credits="many"), "a row does not fit the header", id="credits that are no number"),
+        pytest.param(",".join(COLUMNS), row(credits="NaN"), "a row does not fit the header", id="credits that are NaN"),
+        pytest.param(",".join(COLUMNS), row(name="a,b", credits="x"), "a row does not fit the header", id="too many cells"),
         pytest.param(",".join(COLUMNS), b"x,y\n", "a row does not fit the header", id="too few cells"),
         pytest.param(",".join(COLUMNS), row(credits='"5 or so'), "a quoted cell is never closed", id="open quote"),
     ],

@@ -101,6 +101,8 @@ def test_posts_that_others_used_up_are_waited_for(fake, run, clock, header):
         ({"Retry-After": "soon", "X-RateLimit-Reset": "77"}, 77),
         ({"X-RateLimit-Reset": "77"}, 77),
         ({"X-RateLimit-Reset": "soon"}, 361.5),
+        ({"Retry-After": "\u00b2", "X-RateLimit-Reset": "\u00b2"}, 361.5),
+        ({"Retry-After": "9" * 30}, 361.5),
         ({}, 361.5),
     ],
 )
@@ -158,4 +160,21 @@ def test_a_resumed_run_counts_from_the_post_and_polls_at_once(fake, run, clock, 
     result = run()
     assert result.code == 0 and "Going on with export job" in result.err
     assert fake.requests("GET")[-1].at - resumed < 1
+    assert len(fake.requests("POST")) == 1
+
+
+@pytest.mark.parametrize(
+    "answers, code",
+    [([], 0), ([problem(500, "Oops.")] * 3, 0), ([problem(429, "No.", **{"Retry-After": "7"})] * 3, 0), (None, 3)],
+    ids=["links", "trouble first", "429 first", "no links"],
+)
+def test_an_old_job_that_is_completed_is_collected_all_the_same(fake, run, clock, answers, code):
+    """Its 4 hours are over, but not the patience with trouble, limits and late links."""
+    fake.plan("GET", problem(401, "Invalid token provided."))
+    assert run().code == 1
+    Clock.sleep(clock, 6 * 3600)
+    fake.plan("GET", *(answers or []))
+    if answers is None:
+        next(iter(fake.jobs.values())).empty_answers = 3
+    assert run().code == code
     assert len(fake.requests("POST")) == 1

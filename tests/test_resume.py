@@ -105,12 +105,16 @@ def test_interrupted_it_says_that_the_same_command_goes_on(output, number, code,
 
 
 @POSIX
-def test_ctrl_c_while_the_post_is_under_way_keeps_its_job(fast, fast_fake, output):
-    fast_fake.post_seconds = 0.5
+@pytest.mark.parametrize("times", [1, 3], ids=["once", "three times"])
+def test_ctrl_c_while_the_post_is_under_way_keeps_its_job(fast, fast_fake, output, times):
+    fast_fake.post_seconds = 0.7
     child = fast.start(fast_fake, "--output-dir", output)
     wait_for(lambda: fast_fake.requests("POST"))
-    child.send_signal(signal.SIGINT)
-    assert ended(child).code == 130
+    for _ in range(times):
+        REAL_SLEEP(0.1)
+        child.send_signal(signal.SIGINT)
+    result = ended(child)
+    assert result.code == 130 and "Waiting for CircleCI's answer" in result.err
     assert fast.run(fast_fake, "--output-dir", output).code == 0
     assert len(fast_fake.jobs) == 1
 
@@ -266,6 +270,68 @@ def test_killed_between_placing_the_report_and_cleaning_up(fake, run, output, mo
     result = run()
     assert (result.code, result.report) == (0, report)
     assert [*output.iterdir()] == [report]
+
+
+@pytest.mark.parametrize("removed", range(6))
+def test_killed_while_cleaning_up(fake, run, output, monkeypatch, removed):
+    """The state goes last, so the next run finds the report and no second export is asked for."""
+    unlink, done = Path.unlink, []
+
+    def stop_after(path: Path, **options: bool) -> None:
+        if path.parent.name.startswith(".export") and list(output.glob("all_orgs_*")):
+            if len(done) == removed:
+                raise KeyboardInterrupt
+            done.append(path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop_after)
+        run()
+    result = run()
+    if done and done[-1].name in ("state.json", "lock"):
+        return  # all was done, and the second run is another
+    assert result.code == 0 and len(list(output.glob("all_orgs_*"))) == 1
+    assert len(fake.requests("POST")) == 1 and leftovers(output) == []
+
+
+def test_parts_without_a_state_are_not_taken_for_the_next_job(fake, run, clock, output, monkeypatch):
+    interrupt_after(clock, 5, monkeypatch)
+    assert run().code == 130
+    (folder,) = output.glob(".export-*")
+    (folder / "state.json").unlink()
+    (folder / "part-0000-0123456789ab.csv").write_text("of another job")
+    result = run()
+    assert result.code == 0 and result.report.read_bytes() == fake.report() and leftovers(output) == []
+
+
+def test_a_disk_that_is_full_just_after_the_post(fake, run, monkeypatch):
+    """The ID cannot be written; the words say how to go on."""
+    import usage_report
+
+    flush, calls = usage_report.flush, []
+
+    def fill(file: object) -> None:
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        flush(file)
+
+    monkeypatch.setattr(usage_report, "flush", fill)
+    result = run()
+    (job_id,) = fake.jobs
+    assert result.code == 75 and f"No space left on device: the next run must be told the job ID, by --job-id {job_id}" in result.last_line
+    assert run("--job-id", job_id).code == 0 and len(fake.requests("POST")) == 1
+
+
+def test_a_file_system_that_cannot_lock_is_not_another_run(fake, run, monkeypatch):
+    import usage_report
+
+    def fail(*arguments: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(usage_report.fcntl, "flock", fail)
+    result = run()
+    assert result.code == 75 and "Operation not supported" in result.err and "Another run" not in result.err
 
 
 def test_two_runs_of_one_request_at_once(fake, run, output, clock):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import leftovers
@@ -44,6 +45,11 @@ def test_every_request_names_this_tool(fake, run):
     [
         pytest.param([], [PRIMARY], "The plan is not shared", id="an empty list is a plan that is not shared"),
         pytest.param(["a" * 8], None, "SHARED_ORG_IDS", id="entries of another shape"),
+        pytest.param({}, None, "SHARED_ORG_IDS", id="an empty object is no empty list"),
+        pytest.param("", None, "SHARED_ORG_IDS", id="an empty text is no empty list"),
+        pytest.param([{"id": "", "name": "x"}], None, "SHARED_ORG_IDS", id="an empty ID"),
+        pytest.param([{"id": 7}], None, "SHARED_ORG_IDS", id="an ID that is a number"),
+        pytest.param([{"id": PRIMARY, "name": [1]}], [PRIMARY], "", id="a name that is no text"),
         pytest.param(
             [{"id": "8D05D166-E199-43B1-B588-415EADAFACC1", "name": "x"}] * 2,
             [PRIMARY, "8d05d166-e199-43b1-b588-415eadafacc1"],
@@ -232,6 +238,17 @@ def test_netrc_is_not_read(fake, run, tmp_path, monkeypatch):
     assert not [one for one in fake.seen if "Authorization" in one.headers]
 
 
+def test_over_http_no_proxy_sees_the_token(fake, run, monkeypatch):
+    proxy = FakeCircleCI(fake.clock)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    run("--dry-run")
+    proxy.close()
+    assert proxy.seen == []
+
+
 def test_cookies_are_not_kept(fake, run):
     fake.plan("me", in_json({"login": "pat", "name": "Pat"}, 200, **{"Set-Cookie": "session=1; Path=/"}))
     assert run().code == 0
@@ -253,3 +270,18 @@ def test_quiet_is_quiet(fast, fast_fake, output):
     assert result.report.exists()
     failed = fast.run(fast_fake, "--quiet", "--output-dir", output, CIRCLE_TOKEN="wrong")
     assert failed.code == 1 and "401" in failed.err and failed.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_path_that_cannot_be_printed_costs_no_second_export(fast, fast_fake, output):
+    """The first run cannot say where the report is; the next one finds it."""
+    with open("/dev/full", "w") as full:
+        assert fast.run(fast_fake, "--output-dir", output, stdout=full).code == 75
+    result = fast.run(fast_fake, "--output-dir", output)
+    assert result.code == 0 and [*output.iterdir()] == [result.report]
+    assert len(fast_fake.jobs) == 1 and result.report.read_bytes() == fast_fake.report()
+
+
+def test_a_path_that_does_not_fit_the_encoding_of_stdout(fast, fast_fake, tmp_path):
+    result = fast.run(fast_fake, "--output-dir", tmp_path / "\u0141ukasz", PYTHONIOENCODING="cp1252")
+    assert result.code == 0 and "\\u0141ukasz" in result.out and "Traceback" not in result.err

@@ -22,9 +22,9 @@ FILE = "--env-file"
         pytest.param([], {"CIRCLE_TOKEN": usage_report.PLACEHOLDER}, "CIRCLE_TOKEN is not set", id="token of the example"),
         pytest.param([], {"CIRCLE_TOKEN": "abc def"}, "CIRCLE_TOKEN has a blank", id="token with a blank"),
         pytest.param([], {"CIRCLE_TOKEN": "abc\u20ac"}, "CIRCLE_TOKEN has a blank or a character", id="token that is no ASCII"),
-        pytest.param([], {"PRIMARY_ORG_ID": "acme"}, "PRIMARY_ORG_ID has 'acme'.*like b9291e0d-", id="primary that is no UUID"),
-        pytest.param([], {"SHARED_ORG_IDS": f"{PRIMARY},x"}, "SHARED_ORG_IDS has 'x'.*like b9291e0d-", id="shared that is no UUID"),
-        pytest.param(["--job-id", "7"], {}, "--job-id has '7'.*like", id="job that is no UUID"),
+        pytest.param([], {"PRIMARY_ORG_ID": "acme"}, "PRIMARY_ORG_ID is not a UUID.*like b9291e0d-", id="primary that is no UUID"),
+        pytest.param([], {"SHARED_ORG_IDS": f"{PRIMARY},x"}, "SHARED_ORG_IDS is not a UUID.*like b9291e0d-", id="shared that is no UUID"),
+        pytest.param(["--job-id", "7"], {}, "--job-id is not a UUID.*like", id="job that is no UUID"),
         pytest.param([], {"START_DATE": None}, r"START_DATE \(--start\) is not set.*--period last-month", id="no start"),
         pytest.param([], {"END_DATE": ""}, r"END_DATE \(--end\) is not set.*--end 2026", id="no end"),
         pytest.param([], {"START_DATE": "2026-02-30"}, "START_DATE.*'2026-02-30'.*no date like", id="a day that does not exist"),
@@ -48,6 +48,9 @@ FILE = "--env-file"
         pytest.param([], {"CIRCLECI_BASE_URL": "http://localhost@example.com"}, "CIRCLECI_BASE_URL", id="http with a user"),
         pytest.param([], {"CIRCLECI_BASE_URL": "https://circleci.com/api/v2"}, "nothing behind it", id="URL with a path"),
         pytest.param([], {"CIRCLECI_BASE_URL": "circleci.com"}, "CIRCLECI_BASE_URL", id="URL without scheme"),
+        pytest.param([], {"CIRCLECI_BASE_URL": "https://a..b"}, "CIRCLECI_BASE_URL", id="URL that names no host"),
+        pytest.param(["--job-id", PRIMARY, "--start", "2026-02-31"], {}, "no date like", id="a wrong flag beside --job-id"),
+        pytest.param(["--job-id", PRIMARY, "--period", "x"], {}, "--period is 'x'", id="a wrong period beside --job-id"),
         pytest.param(["--output-dir", os.devnull], {}, "output folder .* cannot be written.*like --output-dir", id="output is no folder"),
         pytest.param(["--output-dir", f"{os.devnull}/x"], {}, "cannot be written", id="output inside no folder"),
         pytest.param([FILE, "missing.env"], {}, "missing.env cannot be read.*No such file", id="env file that is missing"),
@@ -59,6 +62,13 @@ def test_refused_before_any_request(fake, run, arguments, variables, said):
     assert result.code == 2
     assert re.search(said, result.err, re.DOTALL), result.err
     assert result.out == "" and fake.seen == [] and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("name", ["PRIMARY_ORG_ID", "SHARED_ORG_IDS", "CIRCLECI_BASE_URL"])
+def test_a_token_in_the_wrong_place_is_not_shown(run, name):
+    value = f"https://{TOKEN}@circleci.com" if "URL" in name else TOKEN
+    result = run(**{name: value})
+    assert result.code == 2 and TOKEN.lower() not in result.err.lower()
 
 
 def test_an_env_file_that_is_no_text(fake, run, tmp_path):
@@ -85,6 +95,17 @@ def test_a_long_window_is_answered_with_commands_that_cover_it(fake, run):
     ]
     for command in commands:
         assert run("--dry-run", *command.split()).code == 0
+
+
+@pytest.mark.parametrize(
+    "start, end",
+    [("2026-06-01", "2026-08-01T00:00:00Z"), ("2026-05-31T23:59:59Z", "2026-07-31"), ("2025-12-31", "2026-03-01")],
+)
+def test_no_command_for_a_long_window_is_refused(fake, run, start, end):
+    lines = run("--start", start, "--end", end).err.splitlines()[1:]
+    assert lines
+    for line in lines:
+        assert run("--dry-run", *line.partition("usage_report.py ")[2].split()).code == 0, line
 
 
 def window(fake, run, *arguments, **variables):
