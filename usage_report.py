@@ -28,10 +28,8 @@ import argparse
 import calendar
 import contextlib
 import csv
-import email.utils
 import hashlib
 import io
-import ipaddress
 import itertools
 import json
 import logging
@@ -42,7 +40,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import warnings
 import zlib
@@ -53,7 +50,6 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from functools import partial
-from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -116,12 +112,8 @@ class NotFinished(ReportError):
     code = 75
 
 
-class Refused(ReportError):
-    """The API answered with a status that stays the same however often it is asked."""
-
-    def __init__(self, text: str, status: int) -> None:
-        super().__init__(text)
-        self.status = status
+class NotFound(ReportError):
+    """404 from the API: it knows no such job, or no such organization."""
 
 
 class LinkExpired(ReportError):
@@ -129,37 +121,19 @@ class LinkExpired(ReportError):
 
 
 class Transient(ReportError):
-    """Worth another try."""
+    """Worth another try. `lost`: the request went out, and what came of it is not known."""
 
-
-class Unreachable(Transient):
-    """No connection was made, so nothing was asked for."""
-
-    code = 75
-
-
-class AnswerLost(Transient):
-    """The request went out, and no answer came back."""
-
-    code = 75
-
-
-class AnswerUnreadable(AnswerLost):
-    """The answer is a yes, but what it says cannot be read."""
-
-    code = 1
+    def __init__(self, text: str, code: int = ReportError.code, lost: bool = False) -> None:
+        super().__init__(text)
+        self.code, self.lost = code, lost
 
 
 class RateLimited(NotFinished):
-    """The limit is used up for so many seconds."""
+    """The limit is used up, for so many seconds."""
 
     def __init__(self, text: str, seconds: float) -> None:
         super().__init__(text)
         self.seconds = seconds
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C."""
 
 
 # --- What people see: stderr, through logging ---
@@ -266,18 +240,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--start", metavar="WHEN", default="", help="YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ, in UTC")
-    add("--end", metavar="WHEN", default="", help="the same; a plain date means its last second")
-    add("--period", default="", help="yesterday, last-7-days, this-month, last-month or YYYY-MM: whole UTC days")
-    add("--output-dir", metavar="DIR", default="", help="for the report (default: usage_reports beside the script)")
-    add("--env-file", metavar="FILE", default="", help="read the settings here (default: .env beside the script)")
-    add("--job-id", metavar="UUID", default="", help="collect an export that exists already, ask for no new one")
-    add("--dry-run", action="store_true", help="show organizations, window and request, then stop")
+    text, switch = partial(parser.add_argument, type=str.strip, default=""), parser.add_argument
+    text("--start", metavar="WHEN", help="YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ, in UTC")
+    text("--end", metavar="WHEN", help="the same; a plain date means its last second")
+    text("--period", help="yesterday, last-7-days, this-month, last-month or YYYY-MM: whole UTC days")
+    text("--output-dir", metavar="DIR", help="for the report (default: usage_reports beside the script)")
+    text("--env-file", metavar="FILE", help="read the settings here (default: .env beside the script)")
+    text("--job-id", metavar="UUID", help="collect an export that exists already, ask for no new one")
+    switch("--dry-run", action="store_true", help="show organizations, window and request, then stop")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr unless the run fails")
     volume.add_argument("-v", "--verbose", action="store_true", help="show every request")
-    add("--version", action="version", version=f"%(prog)s {__version__}")
+    switch("--version", action="version", version=f"%(prog)s {__version__}")
     return parser.parse_args(argv)
 
 
@@ -296,25 +270,15 @@ def load_settings(args: argparse.Namespace) -> Settings:
             f"CIRCLE_TOKEN {trouble}. Make a personal API token (CircleCI > User Settings > Personal API Tokens) "
             f"and put it into {env_file}, like CIRCLE_TOKEN=CCIPAT_..."
         )
-    settings = Settings(
-        token=token,
-        base_url=check_base_url(setting("CIRCLECI_BASE_URL") or "https://circleci.com"),
-        output=check_output(Path(args.output_dir.strip() or SCRIPT_FOLDER / "usage_reports").absolute()),
-        primary=check_uuid("PRIMARY_ORG_ID", setting("PRIMARY_ORG_ID")),
-        shared=[check_uuid("SHARED_ORG_IDS", one) for one in setting("SHARED_ORG_IDS").split(",") if one.strip()],
-        job_id=check_uuid("--job-id", args.job_id),
-        window=None,
-    )
-    start, end, period = args.start.strip(), args.end.strip(), args.period.strip()
-    if not settings.primary or (settings.job_id and not (start or end or period)):
-        return settings
-    now = datetime.fromtimestamp(int(time.time()), timezone.utc)
-    if period:
-        if start or end:
-            raise SettingsError("--period goes without --start and --end: give either, like --period 2026-03.")
-        start, end = map(str, period_days(period, now.date()))
-    window = check_window(start or setting("START_DATE"), end or setting("END_DATE"), now)
-    return settings if settings.job_id else settings._replace(window=window)
+    base_url = check_base_url(setting("CIRCLECI_BASE_URL") or "https://circleci.com")
+    output = check_output(Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute())
+    primary = check_uuid("PRIMARY_ORG_ID", setting("PRIMARY_ORG_ID"))
+    shared = [check_uuid("SHARED_ORG_IDS", one) for one in setting("SHARED_ORG_IDS").split(",") if one.strip()]
+    job_id = check_uuid("--job-id", args.job_id)
+    window = None
+    if primary and (not job_id or args.start or args.end or args.period):
+        window = choose_window(args, setting("START_DATE"), setting("END_DATE"))
+    return Settings(token, base_url, output, primary, shared, job_id, None if job_id else window)
 
 
 def read_env_file(path: Path) -> Mapping[str, str | None]:
@@ -335,12 +299,9 @@ def check_uuid(name: str, text: str) -> str:
 
 
 def check_base_url(url: str) -> str:
-    label = "[a-z0-9-]{1,63}"
-    match = re.fullmatch(rf"(https?)://({label}(?:\.{label})*|\[[0-9a-f:]+\])(:[0-9]{{1,5}})?/?", url.lower())
-    host = match[2].strip("[]") if match else ""
-    with contextlib.suppress(ValueError):
-        host = "localhost" if ipaddress.ip_address(host).is_loopback else host
-    if not match or (match[1] == "http" and host != "localhost"):
+    secure = r"https://([a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*|\[[0-9a-f:]+\])"
+    loopback = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
+    if not re.fullmatch(rf"({secure}|{loopback})(:[0-9]{{1,5}})?/?", url.lower()):
         raise SettingsError(
             "CIRCLECI_BASE_URL has a wrong value. A right one is https:// and a host, with nothing behind it, like "
             "https://circleci.com (http is for this machine alone, like http://127.0.0.1:8080)."
@@ -361,23 +322,22 @@ def check_output(folder: Path) -> Path:
 
 def period_days(period: str, today: date) -> tuple[date, date]:
     """The first and the last whole UTC day of a --period; the last is yesterday at the latest."""
-    yesterday = today - timedelta(days=1)
-    if period == "yesterday":
-        return yesterday, yesterday
-    if period == "last-7-days":
-        return today - timedelta(days=7), yesterday
-    if period == "last-month":
-        first = months_back(today.replace(day=1), 1)
-    elif period == "this-month":
-        first = today.replace(day=1)
-    elif re.fullmatch(r"[1-9][0-9]{3}-(0[1-9]|1[0-2])", period):
+    yesterday, month = today - timedelta(days=1), today.replace(day=1)
+    periods = {
+        "yesterday": (yesterday, yesterday),
+        "last-7-days": (today - timedelta(days=7), yesterday),
+        "this-month": (month, yesterday),
+        "last-month": (months_back(month, 1), month - timedelta(days=1)),
+    }
+    if re.fullmatch(r"[1-9][0-9]{3}-(0[1-9]|1[0-2])", period):
         first = date(int(period[:4]), int(period[5:]), 1)
-    else:
-        choices = "yesterday, last-7-days, this-month, last-month or a month like 2026-03"
-        raise SettingsError(f"--period is {period!r}. It takes {choices}.")
-    if first > yesterday:
+        periods[period] = first, min(month_end(first), yesterday)
+    if period not in periods:
+        raise SettingsError(f"--period is {period!r}. It takes {', '.join(periods)} or a month like 2026-03.")
+    first, last = periods[period]
+    if first > last:
         raise SettingsError(f"--period {period} has no whole UTC day yet. Try --period last-month.")
-    return first, min(month_end(first), yesterday)
+    return first, last
 
 
 def month_end(day: date) -> date:
@@ -389,6 +349,16 @@ def months_back(day: date, months: int) -> date:
     index = day.year * 12 + day.month - 1 - months
     first = date(index // 12, index % 12 + 1, 1)
     return first.replace(day=min(day.day, month_end(first).day))
+
+
+def choose_window(args: argparse.Namespace, start_text: str, end_text: str) -> Window:
+    """The window by flag, or else from START_DATE and END_DATE."""
+    now = datetime.fromtimestamp(int(time.time()), timezone.utc)
+    if args.period and (args.start or args.end):
+        raise SettingsError("--period goes without --start and --end: give either, like --period 2026-03.")
+    if args.period:
+        start_text, end_text = map(str, period_days(args.period, now.date()))
+    return check_window(args.start or start_text, args.end or end_text, now)
 
 
 def check_window(start_text: str, end_text: str, now: datetime) -> Window:
@@ -431,8 +401,7 @@ def iso(moment: datetime) -> str:
 def monthly_commands(start: datetime, end: datetime) -> Iterator[str]:
     """Commands that cover a long window, a calendar month each."""
     while start < end:
-        last_day = month_end((start + timedelta(seconds=1)).date())
-        last = datetime(*last_day.timetuple()[:3], 23, 59, 59, tzinfo=timezone.utc)
+        last = parse_moment("", str(month_end((start + timedelta(seconds=1)).date())), "T23:59:59Z")
         whole = start.day == 1 and start.time() == datetime.min.time() and last <= end
         flags = f"--period {start:%Y-%m}" if whole else f"--start {iso(start)} --end {iso(min(last, end))}"
         yield f"  python usage_report.py {flags}"
@@ -442,14 +411,16 @@ def monthly_commands(start: datetime, end: datetime) -> Iterator[str]:
 # --- Talking to servers ---
 
 
-def new_session(sign: Callable[[requests.PreparedRequest], requests.PreparedRequest]) -> requests.Session:
-    """A session without cookies. Its requests are signed by `sign` and by nothing else: requests reads
-    ~/.netrc only for a session that has no auth of its own."""
-    session = requests.Session()
-    session.auth = sign
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    session.headers.update({"User-Agent": f"circleci-usage-report/{__version__}", "Accept-Encoding": "identity"})
-    return session
+def send(method: str, url: str, token: str = "", **options: Any) -> requests.Response:
+    """One request, in a session of its own: no cookie is kept, and no connection that dies unseen in the
+    minutes between two polls. No redirect is followed: it would take the token to another host."""
+    headers = {"User-Agent": f"circleci-usage-report/{__version__}", "Accept-Encoding": "identity"}
+    if token:
+        headers["Circle-Token"] = token
+    with requests.Session() as session:
+        session.trust_env = url.startswith("https")  # without TLS, a proxy would see the token
+        session.auth = lambda request: request  # with no auth at all, requests looks into ~/.netrc
+        return session.request(method, url, headers=headers, timeout=TIMEOUTS, allow_redirects=False, **options)
 
 
 def describe(error: Exception) -> str:
@@ -474,27 +445,26 @@ def pause(seconds: float, tick: Callable[[float], None] = lambda left: None) -> 
         time.sleep(min(left, 1))
 
 
-def patiently(attempt: Callable[[], T]) -> T:
-    """What attempt() returns. Transient trouble is tried again five times, after growing pauses; a rate
-    limit is waited out, however often, for PATIENCE at most. Raises the last trouble."""
-    failures = limits = 0
-    waited = 0.0
+def patiently(attempt: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) -> T:
+    """What attempt() returns. Transient trouble is tried again after growing pauses; a rate limit is waited
+    out, however often, for PATIENCE at most. Raises the last trouble."""
+    failures, limits, waited = 0, 0, 0.0
     while True:
         try:
             return attempt()
         except RateLimited as error:
-            seconds = max(error.seconds, RETRY_PAUSES[min(limits, 4)])
+            seconds = max(error.seconds, RETRY_PAUSES[min(limits, len(RETRY_PAUSES) - 1)])
             limits, waited = limits + 1, waited + seconds
             if waited > PATIENCE:
                 raise
-            log.warning("%s It says to wait %s.", error, span(seconds))
+            log.warning("%s It says to wait %s.", error, span(error.seconds))
         except Transient as error:
-            if failures == len(RETRY_PAUSES):
+            if failures == len(pauses):
                 raise
-            seconds = RETRY_PAUSES[failures]
+            seconds = pauses[failures]
             failures += 1
             log.warning("%s Trying again in %d s.", error, seconds)
-        pause(seconds)
+        pause(seconds, lambda left: live(f"Trying again in {span(left)}"))
 
 
 class Api:
@@ -507,24 +477,18 @@ class Api:
     }
 
     def __init__(self, base_url: str, token: str) -> None:
-        def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
-            request.headers["Circle-Token"] = token
-            return request
-
-        self.base_url, self.sign = base_url, sign
+        self.base_url, self.token = base_url, token
 
     def request(self, method: str, path: str, body: object = None) -> Any:
-        """The JSON of one answer. Raises Transient (Unreachable, AnswerLost), RateLimited or Refused."""
-        what, url, began = f"{method} {path}", self.base_url + path, time.time()
+        """The JSON of one answer. Raises Transient, RateLimited, NotFound, or ReportError for a plain no."""
+        what, began = f"{method} {path}", time.time()
         try:
-            # A connection each time: minutes pass between two polls, and one that is kept so long dies unseen.
-            with new_session(self.sign) as session:
-                session.trust_env = self.base_url.startswith("https")  # over http, a proxy would see the token
-                answer = session.request(method, url, json=body, timeout=TIMEOUTS, allow_redirects=False)
+            answer = send(method, self.base_url + path, self.token, json=body)
         except requests.RequestException as error:
-            reason = getattr(error.args[0] if error.args else None, "reason", None)
-            unsent = isinstance(reason, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
-            raise (Unreachable if unsent else AnswerLost)(f"{what}: {describe(error)} ({self.base_url}).") from None
+            reasons = [getattr(cause, "reason", None) for cause in error.args]
+            unsent = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError)
+            lost = not any(isinstance(reason, unsent) for reason in reasons)
+            raise Transient(f"{what}: {describe(error)} ({self.base_url}).", NotFinished.code, lost) from None
         status = answer.status_code
         log.debug("%s: %d after %.1f s", what, status, time.time() - began)
         try:
@@ -538,21 +502,20 @@ class Api:
         if status == 408 or status >= 500:
             raise Transient(said)
         if not 200 <= status < 300:
-            raise Refused(f"{said} {self.HINTS.get(status, '')}".rstrip(), status)
+            raise (NotFound if status == 404 else ReportError)(f"{said} {self.HINTS.get(status, '')}".rstrip())
         if content is None:
-            raise AnswerUnreadable(f"{what} was answered {status} without JSON: is a proxy or login page between?")
+            text = f"{what} was answered {status} without JSON: is a proxy or login page between?"
+            raise Transient(text, lost=True)
         return content
 
 
 def limit_seconds(headers: Mapping[str, str]) -> float:
     """How long a 429 asks to wait: Retry-After (seconds or an HTTP date), else X-RateLimit-Reset (source:
     CircleCI's API developers' guide), else a tenth of the hour."""
-    after, reset = headers.get("Retry-After", ""), headers.get("X-RateLimit-Reset", "")
-    if re.fullmatch("[0-9]{1,6}", after):
-        return float(after)
-    with contextlib.suppress(TypeError, ValueError):
-        return email.utils.parsedate_to_datetime(after).timestamp() - time.time()
-    return float(reset) if re.fullmatch("[0-9]{1,6}", reset) else LIMIT_HOUR / GETS_AN_HOUR
+    with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+        return min(urllib3.Retry().parse_retry_after(headers.get("Retry-After", "")), PATIENCE + 1)
+    reset = headers.get("X-RateLimit-Reset", "")
+    return float(reset) if re.fullmatch("[0-9]{1,5}", reset) else LIMIT_HOUR / GETS_AN_HOUR
 
 
 # --- Who asks, and for which organizations ---
@@ -610,7 +573,6 @@ class Export:
     polls: list[float] = field(default_factory=list)  # unix seconds of the last GETs
     parts: list[str] = field(default_factory=list)  # file names in order, once it is completed
     label: str = ""  # how the report's name ends
-    report: str = ""  # file name, once the report is being put in place
 
     @contextlib.contextmanager
     def opened(self, folder: Path) -> Iterator[None]:
@@ -635,7 +597,7 @@ class Export:
         try:
             record = json.loads((self.folder / "state.json").read_text("utf-8"))
             now = time.time()  # a clock that was set back must not hold up the next poll
-            self.job_id, self.label, self.report = (str(record[key]) for key in ("job_id", "label", "report"))
+            self.job_id, self.label = str(record["job_id"]), str(record["label"])
             self.asked_at = min(float(record["asked_at"]), now)
             self.polls = [min(float(at), now) for at in record["polls"]]
             self.parts = [str(name) for name in record["parts"]]
@@ -656,11 +618,11 @@ class Export:
 
     def forget(self) -> None:
         """Start over, but for the GETs: they count for the organization, whatever the job."""
-        order = {"state.json": 1, "lock": 2}  # the state goes last: a run that is killed on the way is to find it
-        for path in sorted(self.folder.glob("*"), key=lambda path: order.get(path.name, 0)):
+        last = ["state.json", "merged.csv"]  # in this order: a run that is killed on the way leaves what tells the next
+        for path in sorted(self.folder.glob("*"), key=lambda path: last.index(path.name) if path.name in last else -1):
             if path.name != "lock":
                 path.unlink()
-        vars(self).update(vars(Export(self.folder, polls=self.polls)))
+        self.job_id, self.asked_at, self.parts, self.label = "", 0.0, [], ""
 
     def complete_parts(self) -> list[Path]:
         """The parts in order if all are here, else nothing."""
@@ -683,27 +645,34 @@ def flush_folder(folder: Path) -> None:
 
 def hold_lock(path: Path) -> io.BufferedRandom:
     """The locked file. The lock ends when it is closed, or with the process, however that ends."""
-    while True:
-        path.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another run may just now remove the folder
-            file = open(path, "a+b")  # noqa: SIM115  (the caller closes it)
-            try:
-                if sys.platform == "win32":
-                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                else:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                file.close()
-                raise NotFinished(f"Another run is at work on this export. Let it finish. (It holds {path}.)") from None
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-            file.close()
+    path.parent.mkdir(exist_ok=True)
+    file = open(path, "a+b")  # noqa: SIM115  (the caller closes it)
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # no other run has just now removed it
+            return file
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        pass
+    file.close()
+    raise NotFinished(f"Another run is at work on this export. Let it finish. (It holds {path}.)")
 
 
 def remove_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):
         (folder / "lock").unlink()
         folder.rmdir()
+
+
+def export_request(settings: Settings, organizations: Iterable[str]) -> tuple[str, dict[str, Any]]:
+    """Path and body of the POST. The body is empty with --job-id, which asks for no export."""
+    path = f"/api/v2/organizations/{settings.primary}/usage_export_job"
+    if not settings.window:
+        return path, {}
+    start, end, _ = settings.window
+    return path, {"start": iso(start), "end": iso(end), "shared_org_ids": list(organizations)}
 
 
 def export_folder(settings: Settings, organizations: Iterable[str]) -> Path:
@@ -720,26 +689,26 @@ def ask_for_export(api: Api, path: str, request: Mapping[str, Any], export: Expo
     export.forget()
     export.label = f"{request['start'][:10]}_{request['end'][:10]}"
     export.save()  # a disk without room fails here, before anything is spent
-    lost = 0
+    lost_before = False
 
     def attempt() -> None:
-        nonlocal lost
+        nonlocal lost_before
         asked_at = time.time()
         try:
             answer = api.request("POST", path, request)
             if not isinstance(answer, dict) or not isinstance(answer.get("usage_export_job_id"), str):
-                raise AnswerUnreadable(f"POST {path} was answered without a usage_export_job_id.")
-        except AnswerLost as error:
-            lost += 1
-            if lost < 2:
-                raise
-            raise NotFinished(f"{error} Whether CircleCI makes the export is not known. Try again later.") from None
+                raise Transient(f"POST {path} was answered without a usage_export_job_id.", lost=True)
+        except Transient as error:
+            if error.lost and lost_before:
+                raise NotFinished(f"{error} Whether CircleCI makes the export is not known. Run again later.") from None
+            lost_before = lost_before or error.lost
+            raise
         export.job_id, export.asked_at = answer["usage_export_job_id"], asked_at
         try:
             export.save()
         except OSError as error:
             job_id, export.job_id = export.job_id, ""
-            raise NotFinished(f"{error.strerror}: the next run must be told the job ID, by --job-id {job_id}.") from None
+            raise NotFinished(f"{error.strerror}: tell the next run the job ID, by --job-id {job_id}.") from None
 
     def attempt_to_the_end() -> None:
         """In a thread, because Ctrl-C must not part the POST from its job ID."""
@@ -766,78 +735,74 @@ FIRST_POLL = 15.0
 # GET 10 must come an hour after GET 0. So 15 * GROWTH**10 = 15 + an hour: GROWTH is about 1.73.
 GROWTH: float = (LIMIT_HOUR / FIRST_POLL + 1) ** (1 / GETS_AN_HOUR)
 EVERY = LIMIT_HOUR / GETS_AN_HOUR
+POLL_RETRY_PAUSES = (15, 30, 60, 120, 240)  # longer than others, because each try is one of the hour's GETs
 
 
-def next_poll(asked_at: float, polls: Sequence[float], hurried: int = 0) -> float:
-    """When (unix seconds) the GET that follows those in `polls` is due.
-
-    In a geometric series for an hour, then every 6 minutes. Sooner after a number of answers (`hurried`)
-    that were of no use, by trouble or for want of links. In any case no more than 10 in an hour.
-    """
+def next_poll(asked_at: float, polls: Sequence[float]) -> float:
+    """When (unix seconds) the GET that follows those in `polls` is due: in a geometric series for an hour,
+    then every 6 minutes."""
     if not polls:
         return asked_at + FIRST_POLL
     elapsed = polls[-1] - asked_at
-    due = asked_at + max(FIRST_POLL, min(elapsed * GROWTH, max(elapsed, LIMIT_HOUR) + EVERY))
-    if hurried:
-        due = min(due, polls[-1] + FIRST_POLL * (1 << hurried - 1))
-    if len(polls) >= GETS_AN_HOUR:
-        due = max(due, polls[-GETS_AN_HOUR] + LIMIT_HOUR)
-    return due
+    return asked_at + max(FIRST_POLL, min(elapsed * GROWTH, max(elapsed, LIMIT_HOUR) + EVERY))
+
+
+def limit_allows(polls: Sequence[float]) -> float:
+    """From when on (unix seconds) there is room in the hour for one more GET."""
+    return polls[-GETS_AN_HOUR] + LIMIT_HOUR if len(polls) >= GETS_AN_HOUR else 0.0
 
 
 def await_links(api: Api, path: str, export: Export) -> list[str]:
     """The download_urls of the completed job. Raises NotFinished if it takes over its time, NoUsage if it
     has none, ReportError if it failed, and what Api.request raises."""
-    state, not_before, give_up = "requested", 0.0, max(time.time() + LIMIT_HOUR, export.asked_at + PATIENCE)
-    empty, hurried = 0, 1 if export.parts else 0  # with parts it is completed, and only needs fresh links
-    while True:
-        due = max(not_before, next_poll(export.asked_at, export.polls, hurried))
-        if due > give_up:
-            clock = time.strftime("%H:%M", time.localtime(due))
-            raise NotFinished(f"Export job {export.job_id} is not finished ({state}). Check again after {clock}.")
-        pause(due - time.time(), partial(show_wait, export, state))
+    state, empty = "requested", 0
+
+    def check() -> tuple[str, list[str], str]:
+        nonlocal empty
+        pause(limit_allows(export.polls) - time.time(), partial(show_wait, export, state))
         export.polls = [*export.polls, time.time()][-GETS_AN_HOUR:]
         export.save()  # before the GET, which counts even if this run does not live to see the answer
-        try:
-            state, urls, reason = read_job(api.request("GET", path))
-        except RateLimited as error:
-            not_before, hurried = time.time() + error.seconds, max(hurried, 1)
-            log.warning("%s It says to wait %s.", error, span(error.seconds))
-            continue
-        except Transient as error:
-            hurried += 1
-            if hurried > len(RETRY_PAUSES):
-                raise
-            log.warning("%s Checking again soon.", error)
-            continue
+        answer = read_job(api.request("GET", path))
         export.polls[-1] = time.time()  # as late as CircleCI can have counted it
-        live(f"Export job {state} after {span(time.time() - export.asked_at)}.", kind="poll")
-        hurried = 0
-        if state == "completed":
-            if urls:
-                return urls
-            empty, hurried = empty + 1, empty + 1  # links can come later than the state (source: CircleCI support)
+        live(f"Export job {answer[0]} after {span(time.time() - export.asked_at)}.", kind="poll")
+        if answer[0] == "completed" and not answer[1]:
+            empty += 1
             if empty == 3:
                 raise NoUsage("The export is completed and has no files: there is no usage in this window.")
-        elif state == "failed":
+            # The links can come later than the state (source: CircleCI support).
+            raise Transient("The export is completed, but its files are not there yet.")
+        return answer
+
+    # With parts it is completed, and only needs fresh links.
+    due = time.time() if export.parts else next_poll(export.asked_at, export.polls)
+    while True:
+        pause(due - time.time(), partial(show_wait, export, state))
+        state, urls, reason = patiently(check, POLL_RETRY_PAUSES)
+        if state == "completed":
+            return urls
+        if state == "failed":
             export.forget()
             raise ReportError(
                 f"CircleCI could not make the export: {reason}. What helps: a shorter window (--start, --end), or "
                 "fewer organizations (SHARED_ORG_IDS)."
             )
-        elif state not in ("created", "processing"):
+        if state not in ("created", "processing"):
             log.warning("The state %r of export job %s is not known here. Waiting on.", state, export.job_id)
+        due = max(next_poll(export.asked_at, export.polls), limit_allows(export.polls))
+        if due > export.asked_at + PATIENCE:
+            clock = time.strftime("%H:%M", time.localtime(due))
+            raise NotFinished(f"Export job {export.job_id} is not finished ({state}). Check again after {clock}.")
 
 
 def read_job(answer: Any) -> tuple[str, list[str], str]:
     """State, download_urls and error_reason of a job."""
     try:
         state, urls, reason = answer["state"], answer["download_urls"] or [], answer.get("error_reason")
-        if isinstance(state, str) and isinstance(urls, list) and all(isinstance(url, str) and url.isascii() for url in urls):
+        if isinstance(state, str) and isinstance(urls, list) and all(isinstance(u, str) and u.isascii() for u in urls):
             return state, urls, reason or "no reason given"
     except (AttributeError, KeyError, TypeError):
         pass
-    raise AnswerUnreadable("The export job's answer has no state and download_urls that can be read.")
+    raise Transient("The export job's answer has no state and download_urls that can be read.")
 
 
 def show_wait(export: Export, state: str, left: float) -> None:
@@ -861,50 +826,41 @@ def download_parts(urls: Sequence[str], export: Export) -> None:
     trouble is raised: OSError, ReportError, or LinkExpired if there is no other."""
     export.parts = [part_name(number, url) for number, url in enumerate(urls)]
     export.save()
-    session = new_session(lambda request: request)
-    received = [0] * len(urls)  # bytes on the wire
-    interrupted = threading.Event()
+    received = dict.fromkeys(export.parts, 0)  # bytes on the wire
 
     def fetch(number: int) -> None:
-        what = f"Part {number + 1} of {len(urls)}"
-
-        def count(size: int) -> None:
-            received[number] += size
-            if interrupted.is_set():
-                raise NotFinished(what)
-
-        def attempt() -> None:
-            received[number] = 0
-            download_part(session, urls[number], export.folder / export.parts[number], what, count)
-
-        patiently(attempt)
-        log.debug("%s is complete: %s.", what, megabytes(received[number]))
+        target, what = export.folder / export.parts[number], f"Part {number + 1} of {len(urls)}"
+        patiently(partial(download_part, urls[number], target, what, received))
+        log.debug("%s is complete: %s.", what, megabytes(received[target.name]))
 
     missing = [number for number, name in enumerate(export.parts) if not (export.folder / name).exists()]
     pool = ThreadPoolExecutor(PARALLEL_DOWNLOADS)
     try:
         jobs = [pool.submit(fetch, number) for number in missing]
         while waiting := wait(jobs, timeout=0.2).not_done:
-            live(f"Downloading: {len(urls) - len(waiting)} of {len(urls)} parts, {megabytes(sum(received))}")
-    except KeyboardInterrupt:
-        interrupted.set()
-        raise
+            size = megabytes(sum(received.values()))
+            live(f"Downloading: {len(urls) - len(waiting)} of {len(urls)} parts, {size}")
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for a thread that sits in a read
     troubles = [trouble for trouble in (job.exception() for job in jobs) if trouble]
-    for trouble in sorted(troubles, key=lambda trouble: isinstance(trouble, LinkExpired)):
-        raise trouble
-    log.info("Downloaded parts: %d, %s.", len(missing), megabytes(sum(received)))
+    if troubles:
+        raise min(troubles, key=lambda trouble: isinstance(trouble, LinkExpired))
+    log.info("Downloaded parts: %d, %s.", len(missing), megabytes(sum(received.values())))
 
 
-def download_part(
-    session: requests.Session, url: str, target: Path, what: str, count: Callable[[int], None]
-) -> None:
-    """Write one part as plain CSV under its name, if all of it came and is sound. count() is told of the
-    bytes received. Raises Transient, LinkExpired, or ReportError for what trying again cannot mend."""
-    draft = target.with_suffix(".new")
+def download_part(url: str, target: Path, what: str, received: dict[str, int]) -> None:
+    """Write one part as plain CSV under its name, if all of it came and is sound; count the bytes received.
+    Raises Transient, LinkExpired, or ReportError for what trying again cannot mend."""
+    draft, received[target.name] = target.with_suffix(".new"), 0
+
+    def body() -> Iterator[bytes]:
+        answer.raw.enforce_content_length = True  # as urllib3 2 does; 1.26 does not
+        while chunk := answer.raw.read(BLOCK // 4, decode_content=False):
+            received[target.name] += len(chunk)
+            yield chunk
+
     try:
-        with session.get(url, stream=True, timeout=TIMEOUTS, allow_redirects=False) as answer:
+        with send("GET", url, stream=True) as answer:
             status = answer.status_code
             if status in (401, 403):
                 raise LinkExpired(f"{what} was answered {status}: the link has expired.")
@@ -914,7 +870,7 @@ def download_part(
                 raise ReportError(f"{what} was answered {status}: without it there is no report.")
             with open(draft, "w+b") as file:
                 # Twice: the part's own gzip, and one that the store may put around it (Content-Encoding).
-                for plain in gunzip(gunzip(body(answer, count))):
+                for plain in gunzip(gunzip(body())):
                     file.write(plain)
                 flush(file)
                 file.seek(0)
@@ -923,16 +879,8 @@ def download_part(
     except zlib.error:
         raise Transient(f"{what} is damaged: its gzip stream does not end well.") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise Unreachable(f"{what} did not come through: {describe(error)}.") from None
+        raise Transient(f"{what} did not come through: {describe(error)}.", NotFinished.code) from None
     os.replace(draft, target)
-
-
-def body(answer: requests.Response, count: Callable[[int], None]) -> Iterator[bytes]:
-    """The bytes as they come over the wire. Raises an error of urllib3 if they are fewer than promised."""
-    answer.raw.enforce_content_length = True  # as urllib3 2 does; 1.26 does not
-    while chunk := answer.raw.read(BLOCK // 4, decode_content=False):
-        count(len(chunk))
-        yield chunk
 
 
 def gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -999,13 +947,13 @@ def cells(line: bytes) -> list[str]:
 def check_first_row(line: bytes, header: Sequence[str], number: int) -> None:
     """Raises ReportError if the line is another header, or no row at all. A row has UUIDs and numbers."""
     row = cells(line)
-    names = sum(cell in header for cell in row)
-    if 2 * names > len(header) or all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ ]*", cell) for cell in row):
+    names = all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ ]*", cell) for cell in row) and len(row) == len(header)
+    if names or 2 * sum(cell in header for cell in row) > len(header):
         missing = [f"without {name}" for name in header if name not in row]
         added = [f"with {name}" for name in row if name not in header]
         raise ReportError(f"Part {number} has other columns: {', '.join(missing + added) or 'in another order'}.")
-    open_row = b'"' in line or line.rstrip(b"\r\n").endswith(b"\\")  # it may go on in the next line
-    if len(row) != len(header) and not open_row:
+    goes_on = b'"' in line or line.rstrip(b"\r\n").endswith(b"\\")  # in the next line
+    if len(row) != len(header) and not goes_on:
         raise ReportError(f"Part {number} begins with a row of {len(row)} cells, where the header has {len(header)}.")
 
 
@@ -1097,38 +1045,34 @@ def summary(tally: Tally, organizations: Mapping[str, str]) -> str:
 def obtain_parts(api: Api, path: str, request: Mapping[str, Any], export: Export) -> list[Path]:
     """The complete parts, of the export under way or else of a new one. An export that CircleCI no longer
     knows is asked for anew, once."""
-    asked_anew, expired = not request, 0
-    while not export.complete_parts():
+    may_ask, expired = bool(request), 0  # a --job-id comes without a request
+    while not (parts := export.complete_parts()):
         if not export.job_id:
             ask_for_export(api, path, request, export)
         try:
             download_parts(await_links(api, f"{path}/{quote(export.job_id, safe='')}", export), export)
-        except Refused as error:
-            if error.status != 404:
-                raise
+        except NotFound as error:
             export.forget()
-            if asked_anew:
+            if not may_ask:
                 raise
-            asked_anew = True
+            may_ask = False
             log.warning("%s The export is asked for anew.", error)
         except LinkExpired as error:
             expired += 1
             if expired == 3:
                 raise
             log.warning("%s Asking the job for fresh links.", error)
-    return export.complete_parts()
+    return parts
 
 
-def place(merged: Path, output: Path, export: Export) -> Path:
+def place(merged: Path, output: Path, label: str) -> Path:
     """Give the merged file its name in the output folder: whole, at once, and over no other file."""
     moment = time.time()
     while True:
-        export.report = f"all_orgs_{time.strftime('%Y%m%d_%H%M%S', time.localtime(moment))}_{export.label}.csv"
-        report = output / export.report
+        report = output / f"all_orgs_{time.strftime('%Y%m%d_%H%M%S', time.localtime(moment))}_{label}.csv"
         moment += 1
         if report.exists():
             continue
-        export.save()  # a run that is killed behind the next line must not make a second report
         try:
             os.link(merged, report)
         except FileExistsError:
@@ -1139,51 +1083,38 @@ def place(merged: Path, output: Path, export: Export) -> Path:
         return report
 
 
-def placed_before(merged: Path, output: Path, export: Export) -> Path | None:
-    """The report, if an earlier run put it in place and was stopped before it could clean up."""
-    report = output / export.report
-    placed = export.report and report.exists() and (not merged.exists() or merged.samefile(report))
-    return report if placed else None
+def placed_before(merged: Path, output: Path) -> Path | None:
+    """The report of an earlier run that was stopped before it could clean up: both are names of one file."""
+    reports = output.glob("all_orgs_*.csv") if merged.exists() else []
+    return next((report for report in reports if report.samefile(merged)), None)
 
 
-def produce(api: Api, settings: Settings, organizations: Mapping[str, str], export: Export, dry_run: bool) -> None:
-    """From the request to the report, its path on stdout and the summary; or to the end of a dry run."""
-    began = time.time()
-    path = f"/api/v2/organizations/{settings.primary}/usage_export_job"
-    request: dict[str, Any] = {}
-    if settings.window:
-        start, end, _ = settings.window
-        request = {"start": iso(start), "end": iso(end), "shared_org_ids": list(organizations)}
-    if dry_run:
-        shown = f"POST {path}\n{json.dumps(request, indent=2)}" if request else f"GET {path}/{settings.job_id}"
-        log.info("Dry run: nothing was asked for. The request would be\n%s", shown)
-        return
-    with export.opened(export_folder(settings, organizations)):
-        if export.job_id:
-            log.info("Going on with export job %s of an earlier run.", export.job_id)
-        elif settings.job_id:  # its age is not known, and it may well be completed: look at once
-            export.job_id, export.label = settings.job_id, settings.job_id
-            export.asked_at = time.time() - FIRST_POLL
-        merged = export.folder / "merged.csv"
-        report = placed_before(merged, settings.output, export)
-        if report:
-            log.info("An earlier run has put the report in place.")
-        else:
-            tally = merge(obtain_parts(api, path, request, export), merged)
-            report = place(merged, settings.output, export)
-            log.info("%s", summary(tally, organizations))
-        print(report, flush=True)
-        export.forget()  # last: a run that cannot print the path is run again, and finds its report
-    log.info("The report has %s and took %s.", megabytes(report.stat().st_size), span(time.time() - began))
+def produce(
+    api: Api, path: str, request: Mapping[str, Any], export: Export, settings: Settings, names: Mapping[str, str]
+) -> Path:
+    """Ask, wait, download, merge, put in place and sum up. Returns the report's path."""
+    if export.job_id:
+        log.info("Going on with export job %s of an earlier run.", export.job_id)
+    elif settings.job_id:  # its age is not known, and it may well be completed: look at once
+        export.job_id = export.label = settings.job_id
+        export.asked_at = time.time() - FIRST_POLL
+    merged = export.folder / "merged.csv"
+    report = placed_before(merged, settings.output)
+    if report is None:
+        tally = merge(obtain_parts(api, path, request, export), merged)
+        report = place(merged, settings.output, export.label)
+        log.info("%s", summary(tally, names))
+    return report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run once. Returns the exit code; argparse itself exits for --help, --version and unknown flags."""
+    began = time.time()
     args = parse_arguments(argv)
     console = Console(args.quiet, args.verbose)
     log.setLevel(logging.DEBUG)
     log.handlers = logging.getLogger("dotenv").handlers = [console]
-    export = Export()
+    export = Export()  # out here, because what is known of it decides what an interrupted run says
     try:
         settings = load_settings(args)
         console.secret = settings.token
@@ -1195,13 +1126,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         organizations = organizations_on_plan(api, settings)
         rows = [(name or "-", one) for one, name in organizations.items()]
         log.info("%s", table([("ORGANIZATION", "ID"), *rows], "<<"))
-        produce(api, settings, organizations, export, args.dry_run)
+        path, request = export_request(settings, organizations)
+        if args.dry_run:
+            shown = f"POST {path}\n{json.dumps(request, indent=2)}" if request else f"GET {path}/{settings.job_id}"
+            log.info("Dry run: nothing was asked for. The request would be\n%s", shown)
+            return 0
+        with export.opened(export_folder(settings, organizations)):
+            report = produce(api, path, request, export, settings, organizations)
+            print(report, flush=True)
+            export.forget()  # last: if the path cannot be printed, the next run finds the report and prints it
+        log.info("The report has %s and took %s.", megabytes(report.stat().st_size), span(time.time() - began))
         return 0
     except ReportError as error:
         code = error.code
         log.error("%s", error)
     except KeyboardInterrupt as interrupt:
-        code = 143 if isinstance(interrupt, Terminated) else 130
+        code = interrupt.args[0] if interrupt.args else 130
         log.error("Interrupted%s.", "" if export.job_id else " before an export was asked for")
     except OSError as error:
         code = NotFinished.code
@@ -1216,7 +1156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def terminate(signal_number: int, frame: object) -> None:
-    raise Terminated
+    """SIGTERM is handled like Ctrl-C, but for the exit code."""
+    raise KeyboardInterrupt(128 + signal_number)
 
 
 if __name__ == "__main__":

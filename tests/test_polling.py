@@ -25,6 +25,7 @@ def schedule(until: float) -> list[float]:
     polls: list[float] = []
     while not polls or polls[-1] < until:
         polls.append(usage_report.next_poll(0.0, polls))
+        assert polls[-1] >= usage_report.limit_allows(polls[:-1]) - 1e-6
     return polls
 
 
@@ -35,18 +36,22 @@ def test_the_schedule_begins_at_15_s_grows_by_a_constant_and_ends_every_6_minute
 
 
 @pytest.mark.parametrize(
-    "polls, hurried, due",
+    "polls, due",
     [
-        pytest.param([], 0, 15, id="the first"),
-        pytest.param([2000.0], 0, 3462.5, id="after one late look, by growth"),
-        pytest.param([3500.0], 0, 3976.5, id="growth never reaches beyond the hour and 6 minutes"),
-        pytest.param([1000.0], 1, 1015, id="soon after an answer of no use"),
-        pytest.param([1000.0], 3, 1060, id="less soon after three"),
-        pytest.param([3000.0 + n for n in range(10)], 1, 6615, id="not before the tenth last is an hour old"),
+        pytest.param([], 15, id="the first"),
+        pytest.param([2000.0], 3462.5, id="after one late look, by growth"),
+        pytest.param([3500.0], 3976.5, id="growth never reaches beyond the hour and 6 minutes"),
+        pytest.param([-500.0], 15, id="a GET of an earlier job does not hasten the first"),
     ],
 )
-def test_next_poll(polls, hurried, due):
-    assert usage_report.next_poll(0.0, polls, hurried) == pytest.approx(due, abs=1)
+def test_next_poll(polls, due):
+    assert usage_report.next_poll(0.0, polls) == pytest.approx(due, abs=1)
+
+
+def test_limit_allows():
+    polls = [3000.0 + n for n in range(10)]
+    assert usage_report.limit_allows(polls) == 6615
+    assert usage_report.limit_allows(polls[1:]) == 0
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -102,7 +107,7 @@ def test_posts_that_others_used_up_are_waited_for(fake, run, clock, header):
         ({"X-RateLimit-Reset": "77"}, 77),
         ({"X-RateLimit-Reset": "soon"}, 361.5),
         ({"Retry-After": "\u00b2", "X-RateLimit-Reset": "\u00b2"}, 361.5),
-        ({"Retry-After": "9" * 30}, 361.5),
+        ({"Retry-After": "9" * 30}, usage_report.PATIENCE + 1),
         ({}, 361.5),
     ],
 )

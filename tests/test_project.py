@@ -38,7 +38,7 @@ def test_the_example_settings_are_the_settings_there_are():
 
 
 def test_the_readme_names_every_setting_flag_and_exit_code():
-    for name in re.findall(r'setting\("([A-Z_]+)"\)|add\("(--[a-z-]+)"', SCRIPT):
+    for name in re.findall(r'setting\("([A-Z_]+)"\)|text\("(--[a-z-]+)"', SCRIPT):
         assert "".join(name) in README
     for code in (0, 1, 2, 3, 75, 130, 143):
         assert re.search(rf"(?m)^\| {code}\b", README)

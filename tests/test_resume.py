@@ -260,8 +260,12 @@ def test_interrupted_while_merging_it_goes_on_without_a_request_for_the_job_or_i
 def test_killed_between_placing_the_report_and_cleaning_up(fake, run, output, monkeypatch):
     import usage_report
 
+    forget = usage_report.Export.forget
+
     def stop(export: usage_report.Export) -> None:
-        raise KeyboardInterrupt
+        if list(output.glob("all_orgs_*")):
+            raise KeyboardInterrupt
+        forget(export)
 
     with monkeypatch.context() as patch:
         patch.setattr(usage_report.Export, "forget", stop)
@@ -274,7 +278,7 @@ def test_killed_between_placing_the_report_and_cleaning_up(fake, run, output, mo
 
 @pytest.mark.parametrize("removed", range(6))
 def test_killed_while_cleaning_up(fake, run, output, monkeypatch, removed):
-    """The state goes last, so the next run finds the report and no second export is asked for."""
+    """What tells of the report goes last, so the next run finds the report and no second export is asked for."""
     unlink, done = Path.unlink, []
 
     def stop_after(path: Path, **options: bool) -> None:
@@ -288,8 +292,8 @@ def test_killed_while_cleaning_up(fake, run, output, monkeypatch, removed):
         patch.setattr(Path, "unlink", stop_after)
         run()
     result = run()
-    if done and done[-1].name in ("state.json", "lock"):
-        return  # all was done, and the second run is another
+    if done[-1:] and done[-1].name in ("merged.csv", "lock"):
+        return  # all was done before it was killed, and the second run is another
     assert result.code == 0 and len(list(output.glob("all_orgs_*"))) == 1
     assert len(fake.requests("POST")) == 1 and leftovers(output) == []
 
@@ -319,7 +323,7 @@ def test_a_disk_that_is_full_just_after_the_post(fake, run, monkeypatch):
     monkeypatch.setattr(usage_report, "flush", fill)
     result = run()
     (job_id,) = fake.jobs
-    assert result.code == 75 and f"No space left on device: the next run must be told the job ID, by --job-id {job_id}" in result.last_line
+    assert result.code == 75 and f"No space left on device: tell the next run the job ID, by --job-id {job_id}" in result.last_line
     assert run("--job-id", job_id).code == 0 and len(fake.requests("POST")) == 1
 
 

@@ -112,7 +112,7 @@ def always(answer: Answer) -> list[Answer]:
         pytest.param("POST", always(DROP), 75, "Whether CircleCI makes the export is not known", id="POST answer lost twice"),
         pytest.param("POST", always(in_json({}, 201)), 75, "not known", id="POST without a job ID"),
         pytest.param("GET", [problem(401, "Invalid token provided.")], 1, "401.*CIRCLE_TOKEN.*same command collects it", id="poll 401 keeps the export"),
-        pytest.param("GET", [HTML, in_json({"state": 3}), DROP, problem(502, "Bad.")], 0, "Checking again soon", id="poll passing trouble"),
+        pytest.param("GET", [HTML, in_json({"state": 3}), DROP, problem(502, "Bad.")], 0, "Trying again in 30 s", id="poll passing trouble"),
         pytest.param("GET", always(problem(500, "Oops.")), 1, "500: Oops.*same command collects it", id="poll 500 for good"),
         pytest.param("GET", always(DROP), 75, "broke off.*same command collects it", id="poll dropped for good"),
     ],
