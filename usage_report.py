@@ -457,7 +457,7 @@ def patiently(attempt: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) 
             limits, waited = limits + 1, waited + seconds
             if waited > PATIENCE:
                 raise
-            log.warning("%s It says to wait %s.", error, span(error.seconds))
+            log.warning("%s Waiting %s.", error, span(seconds))
         except Transient as error:
             if failures == len(pauses):
                 raise

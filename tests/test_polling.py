@@ -86,7 +86,7 @@ def test_a_budget_that_others_used_up_is_waited_for(fake, run, clock, header):
     began = clock.now
     result = run()
     assert result.code == 0, result.err
-    assert "429: Rate limit exceeded" in result.err and "It says to wait 0:" in result.err
+    assert "429: Rate limit exceeded" in result.err and "Waiting 0:" in result.err
     assert 1800 <= clock.now - began <= (1830 if header != "none" else 1800 + 380)
 
 
