@@ -797,12 +797,12 @@ def await_links(api: Api, path: str, export: Export) -> list[str]:
 def read_job(answer: Any) -> tuple[str, list[str], str]:
     """State, download_urls and error_reason of a job."""
     try:
-        state, urls, reason = answer["state"], answer["download_urls"] or [], answer.get("error_reason")
+        state, urls, reason = answer["state"], answer.get("download_urls") or [], answer.get("error_reason")
         if isinstance(state, str) and isinstance(urls, list) and all(isinstance(u, str) and u.isascii() for u in urls):
             return state, urls, reason or "no reason given"
     except (AttributeError, KeyError, TypeError):
         pass
-    raise Transient("The export job's answer has no state and download_urls that can be read.")
+    raise Transient("The export job's answer has no state that can be read, or odd download_urls.")
 
 
 def show_wait(export: Export, state: str, left: float) -> None:

@@ -93,6 +93,7 @@ def row(organization=PRIMARY, name="Acme", credits="5") -> bytes:
         pytest.param(row(name="a\\,b"), 1, 5, id="a name with an escaped comma"),
         pytest.param(row(name='"a,b"'), 1, 5, id="a name with a quoted comma"),
         pytest.param(row(name='"a\n' + PRIMARY + ',7"'), 1, 5, id="a line break in quotes"),
+        pytest.param(row(name='"a,1\n' + PRIMARY + ',7"'), 1, 5, id="a line break in quotes that looks like two rows"),
         pytest.param(row(credits=r"\\N"), 1, 0, id="no value, as the real export has it"),
         pytest.param(row(credits=r"\N"), 1, 0, id="no value"),
         pytest.param(row(credits="0.25") * 3, 3, Decimal("0.75"), id="fractions add up exactly"),

@@ -298,13 +298,52 @@ def test_killed_while_cleaning_up(fake, run, output, monkeypatch, removed):
     assert len(fake.requests("POST")) == 1 and leftovers(output) == []
 
 
+def test_a_report_that_was_renamed_after_a_crash_is_not_touched(fake, run, output, monkeypatch):
+    """It is still a second name of the merged file."""
+    import usage_report
+
+    monkeypatch.setattr(usage_report, "print", lambda *words, **how: 1 / 0, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        run()
+    monkeypatch.delattr(usage_report, "print")
+    (report,) = output.glob("all_orgs_*")
+    renamed = report.rename(output / "mine.csv")
+    before, inode = renamed.read_bytes(), renamed.stat().st_ino
+    result = run()
+    assert result.code == 0 and result.report.stat().st_ino != inode
+    assert renamed.read_bytes() == before == result.report.read_bytes()
+
+
+def test_a_crash_while_the_state_is_written_leaves_the_old_one(fake, run, clock, output, monkeypatch):
+    import os
+
+    replace, calls = os.replace, []
+
+    def crash(draft: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        replace(draft, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        assert run().code == 130
+    assert state_of(output)["job_id"] in fake.jobs
+    assert run().code == 0 and len(fake.requests("POST")) == 1
+
+
 def test_parts_without_a_state_are_not_taken_for_the_next_job(fake, run, clock, output, monkeypatch):
     interrupt_after(clock, 5, monkeypatch)
     assert run().code == 130
     (folder,) = output.glob(".export-*")
     (folder / "state.json").unlink()
     (folder / "part-0000-0123456789ab.csv").write_text("of another job")
+    import usage_report
+
+    save, seen = usage_report.Export.save, set()
+    monkeypatch.setattr(usage_report.Export, "save", lambda export: save(export) or seen.update(folder.iterdir()))
     result = run()
+    assert folder / "part-0000-0123456789ab.csv" not in seen
     assert result.code == 0 and result.report.read_bytes() == fake.report() and leftovers(output) == []
 
 

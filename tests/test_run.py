@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import requests
 from conftest import leftovers
 from fake_circleci import ORGANIZATIONS, PRIMARY, Answer, FakeCircleCI, in_json, problem
 
@@ -229,13 +230,27 @@ def test_the_token_follows_no_redirect(fake, run):
     assert other.seen == []
 
 
-def test_netrc_is_not_read(fake, run, tmp_path, monkeypatch):
-    """requests would add Authorization from ~/.netrc, to the API and to the store."""
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login somebody password secret\n")
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.mark.parametrize("url", ["https://circleci.com/api/v2/me", "http://127.0.0.1/api/v2/me"])
+def test_netrc_is_not_read(tmp_path, monkeypatch, url):
+    """requests would add Authorization from ~/.netrc. Looked at on its way out, where TLS would begin."""
+    (tmp_path / ".netrc").write_text("default login somebody password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    assert run().code == 0
-    assert not [one for one in fake.seen if "Authorization" in one.headers]
+    sent = []
+
+    def catch(adapter, request, **options):
+        sent.append(request.headers)
+        raise requests.ConnectionError
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", catch)
+    for token in ("", "abc"):
+        with pytest.raises(requests.ConnectionError):
+            usage_report.send("GET", url, token)
+    assert ["Circle-Token" in headers for headers in sent] == [False, True]
+    assert not any("Authorization" in headers for headers in sent)
+
+
+def test_a_base_url_may_end_in_a_slash(fake, run):
+    assert run("--dry-run", CIRCLECI_BASE_URL=fake.url + "/").code == 0
 
 
 def test_over_http_no_proxy_sees_the_token(fake, run, monkeypatch):
