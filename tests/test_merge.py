@@ -96,6 +96,7 @@ def row(organization=PRIMARY, name="Acme", credits="5") -> bytes:
         pytest.param(row(name='"a,1\n' + PRIMARY + ',7"'), 1, 5, id="a line break in quotes that looks like two rows"),
         pytest.param(row(credits=r"\\N"), 1, 0, id="no value, as the real export has it"),
         pytest.param(row(credits=r"\N"), 1, 0, id="no value"),
+        pytest.param(row(name='"a"', credits=r"\N") + row(name='"a"', credits=r"\\N"), 2, 0, id="no value, beside quotes"),
         pytest.param(row(credits="0.25") * 3, 3, Decimal("0.75"), id="fractions add up exactly"),
         pytest.param(row(organization=PRIMARY.upper()), 1, 5, id="an ID in capitals"),
         pytest.param(row() + b"\n" + row(), 2, 10, id="a blank line"),
