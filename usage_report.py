@@ -257,7 +257,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load_settings(args: argparse.Namespace) -> Settings:
     """All settings, checked. Raises SettingsError at the first that is wrong."""
-    env_file = Path(args.env_file or SCRIPT_FOLDER / ".env")
+    env_file = Path(args.env_file or SCRIPT_FOLDER / ".env").absolute()
     values = read_env_file(env_file) if args.env_file or env_file.exists() else {}
 
     def setting(name: str) -> str:
@@ -268,12 +268,13 @@ def load_settings(args: argparse.Namespace) -> Settings:
         trouble = "is not set" if token in ("", PLACEHOLDER) else "has a blank or a character that no token has"
         raise SettingsError(
             f"CIRCLE_TOKEN {trouble}. Make a personal API token (CircleCI > User Settings > Personal API Tokens) "
-            f"and put it into {env_file}, like CIRCLE_TOKEN=CCIPAT_..."
+            f"and put it into {env_file} (the environment goes before it), like CIRCLE_TOKEN=CCIPAT_..."
         )
     base_url = check_base_url(setting("CIRCLECI_BASE_URL") or "https://circleci.com")
     output = check_output(Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute())
     primary = check_uuid("PRIMARY_ORG_ID", setting("PRIMARY_ORG_ID"))
-    shared = [check_uuid("SHARED_ORG_IDS", one) for one in setting("SHARED_ORG_IDS").split(",") if one.strip()]
+    listed = enumerate(setting("SHARED_ORG_IDS").split(","), 1)
+    shared = [check_uuid(f"SHARED_ORG_IDS (entry {n}, between commas)", one) for n, one in listed if one.strip()]
     job_id = check_uuid("--job-id", args.job_id)
     window = None
     if primary and (not job_id or args.start or args.end or args.period):
@@ -286,7 +287,7 @@ def read_env_file(path: Path) -> Mapping[str, str | None]:
         # utf-8-sig: some editors begin a file with a BOM. Not interpolated: a $ is part of its value.
         return dotenv.dotenv_values(stream=io.StringIO(path.read_text("utf-8-sig")), interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "save it as UTF-8"
         raise SettingsError(f"The settings file {path} cannot be read ({reason}). --env-file names another.") from None
 
 
@@ -294,7 +295,10 @@ def check_uuid(name: str, text: str) -> str:
     text = text.strip().lower()
     if text and not UUID.fullmatch(text):
         # Not shown: it may be a token in the wrong place.
-        raise SettingsError(f"{name} is not a UUID. A right value looks like b9291e0d-a11e-41fb-8517-c545388b5953.")
+        raise SettingsError(
+            f"{name} is not a UUID like b9291e0d-a11e-41fb-8517-c545388b5953. A run with PRIMARY_ORG_ID empty lists "
+            "the IDs of organizations."
+        )
     return text
 
 
@@ -471,9 +475,9 @@ class Api:
     """CircleCI's API. The token goes to base_url and nowhere else: no redirect is followed."""
 
     HINTS = {
-        401: "Make a new personal API token (CircleCI > User Settings > Personal API Tokens) for CIRCLE_TOKEN.",
+        401: "Is CIRCLE_TOKEN right (the environment goes before .env)? If so, make a new personal API token.",
         403: "The owner of CIRCLE_TOKEN has no access to PRIMARY_ORG_ID: ask an admin, or use an admin's token.",
-        404: "Is PRIMARY_ORG_ID right, and can CIRCLE_TOKEN's owner see it? Where it is empty, the choices are listed.",
+        404: "Are PRIMARY_ORG_ID, SHARED_ORG_IDS and --job-id right, and may the owner of CIRCLE_TOKEN see them?",
     }
 
     def __init__(self, base_url: str, token: str) -> None:

@@ -90,7 +90,7 @@ def always(answer: Answer) -> list[Answer]:
 @pytest.mark.parametrize(
     "kind, answers, code, said",
     [
-        pytest.param("me", [problem(401, "Invalid token provided.")], 1, "401: Invalid token provided. Make a new personal API token", id="me 401 says what to do about the token"),
+        pytest.param("me", [problem(401, "Invalid token provided.")], 1, "401: Invalid token provided. Is CIRCLE_TOKEN right.*make a new personal API token", id="me 401 says what to do about the token"),
         pytest.param("me", [problem(403, "No.")], 1, "403: No.", id="me 403"),
         pytest.param("me", [Answer(status=302, headers={"Location": "https://elsewhere.example/"})], 1, "302", id="me redirect"),
         pytest.param("me", always(HTML), 1, "without JSON", id="me HTML with 200"),

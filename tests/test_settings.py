@@ -23,7 +23,7 @@ FILE = "--env-file"
         pytest.param([], {"CIRCLE_TOKEN": "abc def"}, "CIRCLE_TOKEN has a blank", id="token with a blank"),
         pytest.param([], {"CIRCLE_TOKEN": "abc\u20ac"}, "CIRCLE_TOKEN has a blank or a character", id="token that is no ASCII"),
         pytest.param([], {"PRIMARY_ORG_ID": "acme"}, "PRIMARY_ORG_ID is not a UUID.*like b9291e0d-", id="primary that is no UUID"),
-        pytest.param([], {"SHARED_ORG_IDS": f"{PRIMARY},x"}, "SHARED_ORG_IDS is not a UUID.*like b9291e0d-", id="shared that is no UUID"),
+        pytest.param([], {"SHARED_ORG_IDS": f"{PRIMARY},x"}, "SHARED_ORG_IDS .entry 2, between commas. is not a UUID like b9291e0d-", id="shared that is no UUID"),
         pytest.param(["--job-id", "7"], {}, "--job-id is not a UUID.*like", id="job that is no UUID"),
         pytest.param([], {"START_DATE": None}, r"START_DATE \(--start\) is not set.*--period last-month", id="no start"),
         pytest.param([], {"END_DATE": ""}, r"END_DATE \(--end\) is not set.*--end 2026", id="no end"),
@@ -74,7 +74,7 @@ def test_a_token_in_the_wrong_place_is_not_shown(run, name):
 def test_an_env_file_that_is_no_text(fake, run, tmp_path):
     (tmp_path / "utf16").write_text("CIRCLE_TOKEN=x", encoding="utf-16")
     result = run(FILE, str(tmp_path / "utf16"))
-    assert result.code == 2 and "it is not UTF-8 text" in result.err and fake.seen == []
+    assert result.code == 2 and "save it as UTF-8" in result.err and fake.seen == []
 
 
 @pytest.mark.parametrize("arguments", [["--sart", "2026-01-01"], ["--quiet", "--verbose"], ["extra"]])
