@@ -471,6 +471,20 @@ def patiently(attempt: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) 
         pause(seconds, lambda left: live(f"Trying again in {span(left)}"))
 
 
+def to_its_end(work: Callable[[], T]) -> T:
+    """What work() returns, in a thread of its own: Ctrl-C is held back until it is done."""
+    job, interrupt = ThreadPoolExecutor(1).submit(work), None
+    while not job.done():
+        try:
+            wait([job])
+        except KeyboardInterrupt as held:
+            interrupt = held
+            log.warning("Waiting for CircleCI's answer first, so that no export is lost.")
+    if interrupt:
+        raise interrupt
+    return job.result()
+
+
 class Api:
     """CircleCI's API. The token goes to base_url and nowhere else: no redirect is followed."""
 
@@ -688,8 +702,8 @@ def export_folder(settings: Settings, organizations: Iterable[str]) -> Path:
 
 
 def ask_for_export(api: Api, path: str, request: Mapping[str, Any], export: Export) -> None:
-    """The POST, and its job ID on disk. After a lost answer it is sent once more and no oftener: each may
-    have made an export, and the API lists none of them."""
+    """The POST, and its job ID on disk; Ctrl-C does not part the two. After a lost answer it is sent once more
+    and no oftener: each may have made an export, and the API lists none of them."""
     export.forget()
     export.label = f"{request['start'][:10]}_{request['end'][:10]}"
     export.save()  # a disk without room fails here, before anything is spent
@@ -714,20 +728,7 @@ def ask_for_export(api: Api, path: str, request: Mapping[str, Any], export: Expo
             job_id, export.job_id = export.job_id, ""
             raise NotFinished(f"{error.strerror}: tell the next run the job ID, by --job-id {job_id}.") from None
 
-    def attempt_to_the_end() -> None:
-        """In a thread, because Ctrl-C must not part the POST from its job ID."""
-        job, interrupt = ThreadPoolExecutor(1).submit(attempt), None
-        while not job.done():
-            try:
-                wait([job])
-            except KeyboardInterrupt as held:
-                interrupt = held
-                log.warning("Waiting for CircleCI's answer, so that the export is not lost.")
-        if interrupt:
-            raise interrupt
-        job.result()
-
-    patiently(attempt_to_the_end)
+    patiently(partial(to_its_end, attempt))
     log.info("CircleCI works on export job %s.", export.job_id)
 
 

@@ -172,6 +172,8 @@ class FakeCircleCI:
         self.spent: dict[tuple[str, str], list[float]] = defaultdict(list)
         self.jobs: dict[str, Job] = {}
         self.seen: list[Seen] = []
+        self.open_requests = {"api": 0, "store": 0}
+        self.most_at_once = {"api": 0, "store": 0}
         self.lock = threading.Lock()
         self.servers = [self.serve(ApiHandler), self.serve(StoreHandler)]
         self.url, self.store_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
@@ -229,10 +231,16 @@ class Handler(BaseHTTPRequestHandler):
         with self.fake.lock:
             seen = Seen(self.fake.clock(), self.server_name, self.command, self.path, dict(self.headers.items()), body)
             self.fake.seen.append(seen)
+            self.fake.open_requests[self.server_name] += 1
+            at_once = max(self.fake.open_requests[self.server_name], self.fake.most_at_once[self.server_name])
+            self.fake.most_at_once[self.server_name] = at_once
         try:
             self.say(self.answer(seen))
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
+        finally:
+            with self.fake.lock:
+                self.fake.open_requests[self.server_name] -= 1
 
     do_POST = do_GET
 
@@ -258,10 +266,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         body = answer.body[: answer.cut]
         for start in range(0, len(body), answer.bytes_a_write):
+            if start and answer.pause:
+                time_passes(answer.pause)
             piece = body[start : start + answer.bytes_a_write]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if answer.chunked else piece)
-            if answer.pause:
-                time_passes(answer.pause)
         if answer.chunked and whole:
             self.wfile.write(b"0\r\n\r\n")
 

@@ -93,7 +93,7 @@ def test_interrupted_it_says_that_the_same_command_goes_on(output, number, code,
     asked = time.time()
     child.send_signal(number)
     result = ended(child)
-    assert time.time() - asked < 2
+    assert time.time() - asked < 5  # the downloads alone would take 14
     assert result.code == code and result.out == ""
     assert "it goes on at CircleCI, and the same command collects it" in result.last_line
     assert "Traceback" not in result.err
@@ -114,7 +114,7 @@ def test_ctrl_c_while_the_post_is_under_way_keeps_its_job(fast, fast_fake, outpu
         REAL_SLEEP(0.1)
         child.send_signal(signal.SIGINT)
     result = ended(child)
-    assert result.code == 130 and "Waiting for CircleCI's answer" in result.err
+    assert result.code == 130 and "Waiting for CircleCI's answer first" in result.err
     assert fast.run(fast_fake, "--output-dir", output).code == 0
     assert len(fast_fake.jobs) == 1
 
