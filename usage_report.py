@@ -1167,6 +1167,7 @@ def terminate(signal_number: int, frame: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminate)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may not fit its encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not fit its encoding
     exit_code = main()
     os._exit(exit_code)  # not SystemExit, which waits for a download thread that sits in a read
