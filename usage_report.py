@@ -305,7 +305,8 @@ def check_uuid(name: str, text: str) -> str:
 def check_base_url(url: str) -> str:
     secure = r"https://([a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*|\[[0-9a-f:]+\])"
     loopback = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
-    if not re.fullmatch(rf"({secure}|{loopback})(:[0-9]{{1,5}})?/?", url.lower()):
+    url = url.lower()
+    if not re.fullmatch(rf"({secure}|{loopback})(:[0-9]{{1,5}})?/?", url):
         raise SettingsError(
             "CIRCLECI_BASE_URL has a wrong value. A right one is https:// and a host, with nothing behind it, like "
             "https://circleci.com (http is for this machine alone, like http://127.0.0.1:8080)."
@@ -990,11 +991,11 @@ class Tally:
             return
         try:
             for (organization, credits), runs in Counter(self.rows(block)).items():
-                used = Decimal(0 if credits in NO_VALUE else credits.decode())
+                one, used = organization.decode().lower(), Decimal(0 if credits in NO_VALUE else credits.decode())
                 if not used.is_finite():
                     raise ValueError
-                self.runs[organization.decode().lower()] += runs
-                self.credits[organization.decode().lower()] += used * runs
+                self.runs[one] += runs
+                self.credits[one] += used * runs
         except (ArithmeticError, ValueError, csv.Error):
             self.problem = "a row does not fit the header"
 
@@ -1019,9 +1020,9 @@ class Tally:
                 self.open_row = b"".join(lines[ended:])
                 return
             ended = reader.line_num
-            if row and len(row) != len(self.header):
-                raise ValueError
             if row:
+                if len(row) != len(self.header):
+                    raise ValueError
                 yield row[self.places[0]].encode(), row[self.places[1]].encode()
 
 

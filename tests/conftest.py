@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def fake(clock: Clock) -> Iterator[FakeCircleCI]:
-    fake = FakeCircleCI(clock.time)
-    yield fake
-    fake.close()
+    with closing(FakeCircleCI(clock.time)) as fake:
+        yield fake
 
 
 @pytest.fixture
@@ -41,9 +41,8 @@ def fast() -> FastTime:
 
 @pytest.fixture
 def fast_fake(fast: FastTime) -> Iterator[FakeCircleCI]:
-    fake = FakeCircleCI(fast.time)
-    yield fake
-    fake.close()
+    with closing(FakeCircleCI(fast.time)) as fake:
+        yield fake
 
 
 @pytest.fixture

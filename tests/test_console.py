@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import sys
 
 import pytest
 from clocks import FastTime
-from fake_circleci import FakeCircleCI, problem
+from fake_circleci import HEADER, Answer, FakeCircleCI, make_rows, problem
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \S.*")
 
@@ -73,6 +74,8 @@ def test_on_a_terminal(output, width, variables):
     fake = FakeCircleCI(fast.time)
     fake.organizations["a7124dea-d941-4c1f-b5cd-f8346ec17f59"] = "caf\u00e9 \U0001f680"
     fake.job_seconds = 40
+    packed = gzip.compress(HEADER + b"".join(make_rows(500)))
+    fake.parts = [[Answer(packed, bytes_a_write=len(packed) // 4, pause=0.15)] for _ in range(3)]
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     child = fast.start(fake, "--output-dir", output, stderr=terminal, **{"TERM": "xterm", **variables})
@@ -95,10 +98,11 @@ def test_on_a_terminal(output, width, variables):
     live = re.findall(r"\rExport [a-z]+, 0:00:\d\d\. Next check in 0:00:\d\d, (\d) of 10 this hour used\.", text)
     shown = screen.shown()
     if "dumb" in variables.values():
-        assert not live and "\r" not in text and LINE.fullmatch(shown[0])
+        assert not live and "Downloading: " not in text and "\r" not in text and LINE.fullmatch(shown[0])
     else:
+        assert re.search(r"\rDownloading: 0 of 3 parts, 0\.\d MB", text)
         assert {"0", "1", "2"} <= set(live) and shown[0] == "The token belongs to Pat Doe (pat)."
-        assert not any(line.startswith("Export ") for line in shown), "the live line is wiped out"
+        assert not any(line.startswith(("Export ", "Downloading: ")) for line in shown), "the live line is wiped out"
         assert all(len(piece) < width for piece in re.split("[\r\n]", text) if piece.startswith("Export"))
     assert any("took 0:0" in line for line in shown) and any(line.endswith("100.0%") for line in shown)
     name = "caf\\xe9 \\U0001f680" if "PYTHONIOENCODING" in variables else "caf\u00e9 \U0001f680"

@@ -136,8 +136,9 @@ def test_an_odd_name_of_a_column_is_another_column_all_the_same(fake, run, outpu
     assert not list(output.glob("all_orgs_*"))
 
 
-def test_links_that_expire_in_the_middle_of_several_parts(fake, run):
-    fake.parts = [FIRST, [problem(403, "expired"), good], LAST]
+@pytest.mark.parametrize("status", [401, 403])
+def test_links_that_expire_in_the_middle_of_several_parts(fake, run, status):
+    fake.parts = [FIRST, [problem(status, "expired"), good], LAST]
     result = run()
     assert result.code == 0 and "Asking the job for fresh links" in result.err
     assert result.report.read_bytes() == WHOLE

@@ -249,8 +249,9 @@ def test_netrc_is_not_read(tmp_path, monkeypatch, url):
     assert not any("Authorization" in headers for headers in sent)
 
 
-def test_a_base_url_may_end_in_a_slash(fake, run):
-    assert run("--dry-run", CIRCLECI_BASE_URL=fake.url + "/").code == 0
+def test_a_base_url_may_end_in_a_slash_and_have_capitals(fake, run):
+    assert run("--dry-run", CIRCLECI_BASE_URL=fake.url.upper() + "/").code == 0
+    assert usage_report.check_base_url("HTTPS://CircleCI.com/") == "https://circleci.com"
 
 
 def test_over_http_no_proxy_sees_the_token(fake, run, monkeypatch):
