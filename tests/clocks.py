@@ -1,4 +1,4 @@
-"""Two stand-ins for time: one for this process, one for child processes."""
+"""Simulated time: one kind for this process, one for child processes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import IO, Any
 from fake_circleci import PRIMARY, TOKEN, FakeCircleCI
 
 PROJECT = Path(__file__).resolve().parent.parent
-REAL_TIME, REAL_SLEEP = time.time, time.sleep  # from before a test stands in for them
+REAL_TIME, REAL_SLEEP = time.time, time.sleep  # before a test replaces them
 NOW = 1792843200.0  # 2026-10-24T12:00:00Z
 
 
 class Clock:
-    """Stands in for time.time and time.sleep: sleeping takes no time and moves the clock."""
+    """Replaces time.time and time.sleep: sleeping takes no time and moves the clock."""
 
     def __init__(self, now: float = NOW) -> None:
         self.now = now
@@ -35,7 +35,7 @@ class Clock:
 
 @dataclass
 class Result:
-    """What a run left: exit code, stdout, stderr."""
+    """What a run leaves: exit code, stdout, stderr."""
 
     code: int
     out: str
@@ -51,38 +51,42 @@ class Result:
 
 
 class FastTime:
-    """Time for child processes and the fake CircleCI they talk to: `speed` seconds pass in one."""
+    """Time for child processes and the fake CircleCI: it runs `speed` times as fast."""
 
     def __init__(self, speed: float) -> None:
-        self.began, self.speed = REAL_TIME(), speed
+        self.started, self.speed = REAL_TIME(), speed
 
     def time(self) -> float:
-        return self.began + (REAL_TIME() - self.began) * self.speed
+        return self.started + (REAL_TIME() - self.started) * self.speed
 
     def start(
         self,
         fake: FakeCircleCI,
         *command: str | Path,
-        stdout: int | IO[str] = subprocess.PIPE,
-        stderr: int = subprocess.PIPE,
+        stdout: int | IO[Any] = subprocess.PIPE,
+        stderr: int | IO[Any] = subprocess.PIPE,
+        prefix: tuple[str, ...] = (),
         **variables: str,
     ) -> subprocess.Popen[str]:
-        """The real script as a child process, with settings for the fake and no others."""
-        begun = time.gmtime(self.began - 28 * 86400)
+        """The real script as a child process, with settings for the fake and no others. `prefix`
+        is a command that starts it."""
+        month = time.gmtime(self.started - 28 * 86400)
+        script = [sys.executable, PROJECT / "usage_report.py", "--env-file", os.devnull]
         return subprocess.Popen(
-            [sys.executable, PROJECT / "usage_report.py", "--env-file", os.devnull, *command],
+            [*prefix, *script, *command],
             stdout=stdout,
             stderr=stderr,
-            text=True,
+            encoding="utf-8",
+            errors="surrogateescape",  # as in names of files
             env={
                 "PATH": os.environ["PATH"],
                 "PYTHONPATH": str(PROJECT / "tests" / "fast_time"),
-                "FAST_TIME": f"{self.began} {self.speed}",
+                "FAST_TIME": f"{self.started} {self.speed}",
                 "CIRCLE_TOKEN": TOKEN,
                 "PRIMARY_ORG_ID": PRIMARY,
                 "CIRCLECI_BASE_URL": fake.url,
-                "START_DATE": time.strftime("%Y-%m-01", begun),
-                "END_DATE": time.strftime("%Y-%m-28", begun),
+                "START_DATE": time.strftime("%Y-%m-01", month),
+                "END_DATE": time.strftime("%Y-%m-28", month),
                 **variables,
             },
         )

@@ -1,22 +1,21 @@
-"""What the tests share: the fake CircleCI, stood-in time, and a way to run the script in this process."""
+"""What the tests share: the fake CircleCI, simulated time, and a way to run the script."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from clocks import PROJECT, Clock, FastTime, Result
-from fake_circleci import PRIMARY, TOKEN, FakeCircleCI
+from fake_circleci import PRIMARY, TOKEN, Answer, FakeCircleCI
 
 sys.path.insert(0, str(PROJECT))
 
 import usage_report  # noqa: E402
 
-VARIABLES = ("CIRCLE_TOKEN", "PRIMARY_ORG_ID", "START_DATE", "END_DATE", "SHARED_ORG_IDS", "CIRCLECI_BASE_URL")
 WINDOW = {"START_DATE": "2026-09-01", "END_DATE": "2026-09-30"}
 
 
@@ -28,10 +27,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def serve(time: Callable[[], float]) -> Iterator[FakeCircleCI]:
+    fake = FakeCircleCI(time)
+    yield fake
+    threading.Thread(target=fake.close).start()  # Hundreds of tests need not wait for that.
+
+
 @pytest.fixture
 def fake(clock: Clock) -> Iterator[FakeCircleCI]:
-    with closing(FakeCircleCI(clock.time)) as fake:
-        yield fake
+    yield from serve(clock.time)
 
 
 @pytest.fixture
@@ -41,8 +45,7 @@ def fast() -> FastTime:
 
 @pytest.fixture
 def fast_fake(fast: FastTime) -> Iterator[FakeCircleCI]:
-    with closing(FakeCircleCI(fast.time)) as fake:
-        yield fake
+    yield from serve(fast.time)
 
 
 @pytest.fixture
@@ -51,17 +54,31 @@ def output(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(fake, output, tmp_path, monkeypatch, capsys):
-    """run(*arguments, **variables) calls main in this process, in stood-in time. A variable that is
-    given as None is not set."""
-    monkeypatch.setattr(usage_report, "SCRIPT_FOLDER", tmp_path)  # no .env of this machine is read
+def run(
+    fake: FakeCircleCI,
+    output: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Result]:
+    """run(*arguments, **variables) calls main() in this process, in simulated time, with settings
+    for the fake CircleCI. A variable given as None is not set."""
+    monkeypatch.setattr(usage_report, "SCRIPT_FOLDER", tmp_path)  # so that no real .env is read
+    monkeypatch.setattr(usage_report.log, "propagate", False)  # pytest's copy takes half the time
 
     def run(*arguments: str, **variables: str | None) -> Result:
-        given = {"CIRCLE_TOKEN": TOKEN, "PRIMARY_ORG_ID": PRIMARY, "CIRCLECI_BASE_URL": fake.url, **WINDOW, **variables}
-        for name in VARIABLES:
+        settings = {
+            "CIRCLE_TOKEN": TOKEN,
+            "PRIMARY_ORG_ID": PRIMARY,
+            "CIRCLECI_BASE_URL": fake.url,
+            **WINDOW,
+            **variables,
+        }
+        for name in usage_report.VARIABLES:
             monkeypatch.delenv(name, raising=False)
-            if given.get(name) is not None:
-                monkeypatch.setenv(name, given[name])
+            if settings.get(name) is not None:
+                monkeypatch.setenv(name, settings[name])
+        capsys.readouterr()  # what a crashed run has left
         try:
             code = usage_report.main(["--output-dir", str(output), *arguments])
         except SystemExit as exit:
@@ -71,6 +88,12 @@ def run(fake, output, tmp_path, monkeypatch, capsys):
     return run
 
 
+def always(answer: Answer) -> list[Answer]:
+    """More of the same answer than a run can ask for."""
+    return [answer] * 30
+
+
 def leftovers(output: Path) -> list[str]:
-    """Names in the output folder that are no report."""
-    return sorted(path.name for path in output.iterdir() if not path.name.startswith("all_orgs_")) if output.exists() else []
+    """Names in the output folder that are not reports."""
+    paths = output.iterdir() if output.exists() else []
+    return sorted(path.name for path in paths if not path.name.startswith("all_orgs_"))

@@ -1,14 +1,16 @@
-"""A CircleCI on loopback that keeps the real one's limits: an API, and a file store for the signed links.
+"""A fake CircleCI on loopback that keeps the real limits: an API, and a store for the signed links.
 
-Two ports, threads, standard library only. The API checks the token, the body of the POST and UUIDs,
-lets a job's state change over time and grants 10 POSTs and 10 GETs an hour per organization. The store
-takes a link only with its signature and before it expires, and refuses a request that carries
-credentials. A test plans trouble with `plan` (API) and with the answers of a part (store).
+Two ports, threads, standard library only. The API checks the token, the body of the POST, and
+UUIDs, changes the state of a job over time, and grants 10 POSTs and 10 GETs an hour per
+organization. The store takes a link only with its signature and before it expires, and refuses a
+request that carries credentials. A test plans trouble with `plan` (API) and with the answers of a
+part (store).
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 import re
@@ -16,11 +18,14 @@ import threading
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from decimal import Decimal
 from email.utils import formatdate
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Callable
+from typing import Callable, Union
 from urllib.parse import parse_qs, urlsplit
 
 TOKEN = "CCIPAT_FakeTokenOfTheTests_0123456789abcdef"
@@ -39,84 +44,138 @@ COLUMNS = (
     "PROJECT_CREATED_DATE LAST_BUILD_FINISHED_AT VCS_NAME VCS_URL VCS_BRANCH PIPELINE_ID "
     "PIPELINE_CREATED_AT PIPELINE_NUMBER IS_UNREGISTERED_USER PIPELINE_TRIGGER_SOURCE "
     "PIPELINE_TRIGGER_USER_ID WORKFLOW_ID WORKFLOW_NAME WORKFLOW_FIRST_JOB_QUEUED_AT "
-    "WORKFLOW_FIRST_JOB_STARTED_AT WORKFLOW_STOPPED_AT IS_WORKFLOW_SUCCESSFUL JOB_NAME JOB_RUN_NUMBER "
-    "JOB_ID JOB_RUN_DATE JOB_RUN_QUEUED_AT JOB_RUN_STARTED_AT JOB_RUN_STOPPED_AT JOB_BUILD_STATUS "
-    "RESOURCE_CLASS OPERATING_SYSTEM EXECUTOR PARALLELISM JOB_RUN_SECONDS MEDIAN_CPU_UTILIZATION_PCT "
-    "MAX_CPU_UTILIZATION_PCT MEDIAN_RAM_UTILIZATION_PCT MAX_RAM_UTILIZATION_PCT COMPUTE_CREDITS "
-    "DLC_CREDITS USER_CREDITS STORAGE_CREDITS NETWORK_CREDITS LEASE_CREDITS LEASE_OVERAGE_CREDITS "
-    "IPRANGES_CREDITS TOTAL_CREDITS"
+    "WORKFLOW_FIRST_JOB_STARTED_AT WORKFLOW_STOPPED_AT IS_WORKFLOW_SUCCESSFUL JOB_NAME "
+    "JOB_RUN_NUMBER JOB_ID JOB_RUN_DATE JOB_RUN_QUEUED_AT JOB_RUN_STARTED_AT JOB_RUN_STOPPED_AT "
+    "JOB_BUILD_STATUS RESOURCE_CLASS OPERATING_SYSTEM EXECUTOR PARALLELISM JOB_RUN_SECONDS "
+    "MEDIAN_CPU_UTILIZATION_PCT MAX_CPU_UTILIZATION_PCT MEDIAN_RAM_UTILIZATION_PCT "
+    "MAX_RAM_UTILIZATION_PCT COMPUTE_CREDITS DLC_CREDITS USER_CREDITS STORAGE_CREDITS "
+    "NETWORK_CREDITS LEASE_CREDITS LEASE_OVERAGE_CREDITS IPRANGES_CREDITS TOTAL_CREDITS"
 ).split()
-HEADER = ",".join(COLUMNS).encode() + b"\n"
-NO_VALUE = r"\\N"  # as the real export has it: two backslashes and N
+DIALECTS = ("escaped", "quoted", "strings quoted")  # usage-api.md, "The file"
+Cell = Union[str, int, float, Decimal, None]  # None: a missing value
+
+
+def write_row(cells: Iterable[Cell], dialect: str = "escaped", line_end: str = "\n") -> bytes:
+    """A row as CircleCI writes it in one of the dialects."""
+
+    def write(cell: Cell) -> str:
+        if cell is None:
+            return {"escaped": r"\\N", "quoted": r'"\N"', "strings quoted": r"\N"}[dialect]
+        if dialect == "escaped":
+            return re.sub(r'([\\,"\n])', r"\\\1", str(cell))
+        if dialect == "strings quoted" and not isinstance(cell, str):
+            return str(cell)
+        return '"' + str(cell).replace('"', '""') + '"'
+
+    return (",".join(map(write, cells)) + line_end).encode()
+
+
+HEADERS = {dialect: write_row(COLUMNS, dialect) for dialect in DIALECTS}
+HEADER = HEADERS["escaped"]
+
+
+def make_runs(count: int, organization_id: str, name: str, since: datetime) -> Iterator[list[Cell]]:
+    """Job runs of the four weeks since a day, in the real file's columns: believable, and the same
+    whenever they are made. A fifth of them never ran."""
+    dice = random.Random(organization_id)
+
+    def moment(seconds: float) -> str:
+        return f"{at + timedelta(seconds=seconds):%Y-%m-%d %H:%M:%S}.000"
+
+    def new_id() -> str:
+        return str(uuid.UUID(int=dice.getrandbits(128)))
+
+    projects = {name: new_id() for name in ("api", "web", "worker", "docs")}
+    branches = ["main", "fix/login", "gr\u00fcn", "rocket-\U0001f680", "a,b", "bot/eslint-8"]
+    for number in range(count):
+        if number % 2 == 0:  # Two jobs run in each pipeline.
+            at = since + timedelta(seconds=dice.randrange(28 * 86400))
+            project = dice.choice(list(projects))
+            source = dice.choice(["webhook", "api", "schedule"])
+            pipeline: dict[str, Cell] = {
+                "ORGANIZATION_ID": organization_id,
+                "ORGANIZATION_NAME": name,
+                "ORGANIZATION_CREATED_DATE": "2020-04-03",
+                "PROJECT_ID": projects[project],
+                "PROJECT_NAME": project,
+                "PROJECT_CREATED_DATE": "2021-02-01",
+                "LAST_BUILD_FINISHED_AT": f"{since + timedelta(days=28):%Y-%m-%d %H:%M:%S}.577",
+                "VCS_NAME": "github",
+                "VCS_URL": f"https://github.com/acme/{project}",
+                "VCS_BRANCH": dice.choice(branches),
+                "PIPELINE_ID": new_id(),
+                "PIPELINE_CREATED_AT": f"{at:%Y-%m-%d %H:%M:%S}.761",
+                "PIPELINE_NUMBER": 60000 + number,
+                "IS_UNREGISTERED_USER": "true" if source == "schedule" else "false",
+                "PIPELINE_TRIGGER_SOURCE": source,
+                "PIPELINE_TRIGGER_USER_ID": None if source == "schedule" else new_id(),
+                "WORKFLOW_NAME": dice.choice(["build-and-test", "test-e2e-longrunning", "lint"]),
+                "WORKFLOW_FIRST_JOB_QUEUED_AT": moment(1),
+                "WORKFLOW_FIRST_JOB_STARTED_AT": moment(2),
+                "WORKFLOW_STOPPED_AT": moment(dice.randrange(10, 3600)),
+                "IS_WORKFLOW_SUCCESSFUL": "true",
+            }
+        run = {
+            **pipeline,
+            "WORKFLOW_ID": new_id(),
+            "JOB_ID": new_id(),
+            "JOB_RUN_DATE": f"{at:%Y-%m-%d}",
+        }
+        seconds = int(dice.lognormvariate(5, 1)) + 1
+        size, rate = dice.choice([("small", 5), ("medium", 10), ("large", 20), ("xlarge", 40)])
+        compute, storage = seconds * rate // 60 + 1, dice.choice([0, 0, 0, 24])
+        if number % 5 == 4:
+            run["JOB_BUILD_STATUS"], compute, storage = "canceled", 0, 0
+        else:
+            run.update({
+                "JOB_NAME": dice.choice(["lint", "unit-tests", "integration-tests", "deploy"]),
+                "JOB_RUN_NUMBER": 3000000 + number,
+                "JOB_RUN_QUEUED_AT": moment(dice.randrange(3, 8)),
+                "JOB_RUN_STARTED_AT": moment(8),
+                "JOB_RUN_STOPPED_AT": moment(8 + seconds),
+                "JOB_BUILD_STATUS": dice.choice(["success", "success", "failed"]),
+                "RESOURCE_CLASS": size,
+                "OPERATING_SYSTEM": "linux",
+                "EXECUTOR": "docker",
+                "PARALLELISM": 1,
+                "JOB_RUN_SECONDS": seconds,
+            })  # fmt: skip
+            if seconds > 15:
+                run.update({name: dice.randrange(100) for name in COLUMNS if name.endswith("_PCT")})
+        run.update({"COMPUTE_CREDITS": compute, "STORAGE_CREDITS": storage})
+        run["TOTAL_CREDITS"] = compute + storage
+        yield [run.get(name, 0 if name.endswith("_CREDITS") else None) for name in COLUMNS]
 
 
 def make_rows(
-    count: int, organization: str = PRIMARY, name: str = "Acme", since: datetime = datetime(2026, 10, 1)
+    count: int,
+    organization_id: str = PRIMARY,
+    name: str = "Acme",
+    since: datetime = datetime(2026, 10, 1),
+    dialect: str = "escaped",
 ) -> list[bytes]:
-    """Job runs of the four weeks since a day, in the real file's columns and escapes; believable, and the same
-    whenever they are made."""
-    dice = random.Random(organization)
-    project = str(uuid.UUID(int=dice.getrandbits(128)))
-    rows = []
-    for number in range(count):
-        at = since + timedelta(seconds=dice.randrange(28 * 86400))
-        seconds = int(dice.lognormvariate(5, 1)) + 1
-        repository = dice.choice(["api", "web", "worker", "docs"])
-        size, rate = dice.choice([("small", 5), ("medium", 10), ("large", 20), ("xlarge", 40)])
-        compute = seconds * rate // 60 + 1
-        storage = dice.choice([0, 0, 0, 24])
-        cpu = sorted(dice.randrange(100) for _ in range(2)) if seconds > 15 else [NO_VALUE] * 2
-        values = {
-            "ORGANIZATION_ID": organization,
-            "ORGANIZATION_NAME": name.replace(",", "\\,"),
-            "ORGANIZATION_CREATED_DATE": "2020-04-03",
-            "PROJECT_ID": project,
-            "PROJECT_NAME": repository,
-            "PROJECT_CREATED_DATE": "2021-02-01",
-            "VCS_NAME": "github",
-            "VCS_URL": f"https://github.com/acme/{repository}",
-            "VCS_BRANCH": dice.choice(["main", "fix/login", "gr\u00fcn", "rocket-\U0001f680", "a\\,b"]),
-            "PIPELINE_ID": str(uuid.UUID(int=dice.getrandbits(128))),
-            "PIPELINE_CREATED_AT": f"{at:%Y-%m-%d %H:%M:%S}.761",
-            "PIPELINE_NUMBER": 60000 + number,
-            "IS_UNREGISTERED_USER": "false",
-            "PIPELINE_TRIGGER_SOURCE": dice.choice(["webhook", "scheduled_pipeline", "api"]),
-            "WORKFLOW_ID": str(uuid.UUID(int=dice.getrandbits(128))),
-            "WORKFLOW_NAME": "build-and-test",
-            "IS_WORKFLOW_SUCCESSFUL": "true",
-            "JOB_NAME": dice.choice(["lint", "unit", "integration", "deploy"]),
-            "JOB_RUN_NUMBER": 3000000 + number,
-            "JOB_ID": str(uuid.UUID(int=dice.getrandbits(128))),
-            "JOB_RUN_DATE": f"{at:%Y-%m-%d}",
-            "JOB_RUN_QUEUED_AT": f"{at:%Y-%m-%d %H:%M:%S}.000",
-            "JOB_RUN_STARTED_AT": f"{at + timedelta(seconds=8):%Y-%m-%d %H:%M:%S}.000",
-            "JOB_RUN_STOPPED_AT": f"{at + timedelta(seconds=8 + seconds):%Y-%m-%d %H:%M:%S}.000",
-            "JOB_BUILD_STATUS": dice.choice(["success", "success", "failed"]),
-            "RESOURCE_CLASS": size,
-            "OPERATING_SYSTEM": "linux",
-            "EXECUTOR": "docker",
-            "PARALLELISM": 1,
-            "JOB_RUN_SECONDS": seconds,
-            "MEDIAN_CPU_UTILIZATION_PCT": cpu[0],
-            "MAX_CPU_UTILIZATION_PCT": cpu[1],
-            "COMPUTE_CREDITS": compute,
-            "STORAGE_CREDITS": storage,
-            "TOTAL_CREDITS": compute + storage,
-        }
-        cells = (values.get(column, 0 if column.endswith("_CREDITS") else NO_VALUE) for column in COLUMNS)
-        rows.append(",".join(map(str, cells)).encode() + b"\n")
-    return rows
+    """The rows of believable job runs in a dialect."""
+    return [write_row(run, dialect) for run in make_runs(count, organization_id, name, since)]
+
+
+@lru_cache
+def make_usage(dialect: str) -> dict[str, list[bytes]]:
+    """20 rows by organization, for the first two organizations."""
+    return {
+        organization_id: make_rows(20, organization_id, name, dialect=dialect)
+        for organization_id, name in list(ORGANIZATIONS.items())[:2]
+    }
 
 
 def split(rows: list[bytes], parts: int) -> list[list[bytes]]:
     """The rows in as many runs, in order."""
     edges = [len(rows) * n // parts for n in range(parts + 1)]
-    return [rows[a:b] for a, b in zip(edges, edges[1:])]
+    return [rows[start:end] for start, end in zip(edges, edges[1:])]
 
 
 @dataclass
 class Answer:
-    """What a server says once. For a part, the last answer of its list is said from then on."""
+    """What a server sends once. For a part, the last answer of its list is sent from then on."""
 
     body: bytes = b""
     status: int = 200
@@ -127,7 +186,8 @@ class Answer:
     bytes_a_write: int = 1 << 16
     pause: float = 0.0  # real seconds between two writes
     drop: bool = False  # no answer at all
-    late: bool = False  # API: carry the request out, then drop the answer
+    late: bool = False  # API: carry out the request, then send this answer instead
+    endless: bool = False  # send the body again and again until the client hangs up
 
 
 @dataclass
@@ -135,7 +195,7 @@ class Job:
     organization: str
     body: dict[str, object]
     created_at: float
-    empty_answers: int  # answers "completed" without links before those with links
+    empty_answers: int  # how often it is "completed" without links before there are links
 
 
 @dataclass
@@ -151,21 +211,21 @@ class Seen:
 
 
 class FakeCircleCI:
-    """Both servers, running from construction to `close()`. Attributes are the knobs a test turns."""
+    """Both servers, running from construction to `close()`. Tests set the attributes."""
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.clock = clock or (lambda: time.time())
         self.token = TOKEN
         self.organizations = dict(ORGANIZATIONS)
-        self.usage = {one: make_rows(20, one, name) for one, name in list(ORGANIZATIONS.items())[:2]}
+        self.use_dialect("escaped")
         self.parts: list[list[Answer]] | None = None  # None: made from usage
         self.part_count = 3
         self.job_seconds = 20.0
         self.job_fails = ""  # the error_reason
         self.empty_answers = 0
-        self.odd_states: list[str] = []  # said by the next GETs
+        self.odd_states: list[str] = []  # sent by the next GETs
         self.link_seconds = 3600.0
-        self.post_seconds = 0.0  # real seconds from taking a POST on to its answer
+        self.post_seconds = 0.0  # real seconds between creating a job and the answer
         self.limits = {"POST": 10, "GET": 10}
         self.throttle_header = "seconds"  # or date, reset, none
         self.planned: dict[str, list[Answer]] = defaultdict(list)
@@ -174,37 +234,53 @@ class FakeCircleCI:
         self.seen: list[Seen] = []
         self.open_requests = {"api": 0, "store": 0}
         self.most_at_once = {"api": 0, "store": 0}
+        self.closed = False
         self.lock = threading.Lock()
         self.servers = [self.serve(ApiHandler), self.serve(StoreHandler)]
-        self.url, self.store_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
+        self.url, self.store_url = (
+            f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers
+        )
 
     def serve(self, handler: type[Handler]) -> ThreadingHTTPServer:
         server = Server(("127.0.0.1", 0), type(handler.__name__, (handler,), {"fake": self}))
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
         return server
 
     def close(self) -> None:
+        self.closed = True
         for server in self.servers:
             server.shutdown()
             server.server_close()
 
+    def use_dialect(self, dialect: str) -> None:
+        """Write the usage of two organizations (the third has none) in a dialect."""
+        self.header = HEADERS[dialect]
+        self.usage = {key: list(rows) for key, rows in make_usage(dialect).items()}
+
     def plan(self, kind: str, *answers: Answer) -> None:
-        """The next answers to me, collaborations, shares, POST or GET, ahead of the right ones."""
+        """Send these answers to me, collaborations, shares, POST, or GET before the right ones."""
         self.planned[kind].extend(answers)
 
-    def requests(self, method: str, server: str = "api", contains: str = "usage_export_job") -> list[Seen]:
-        return [one for one in self.seen if (one.method, one.server) == (method, server) and contains in one.path]
+    def requests(
+        self, method: str, server: str = "api", contains: str = "usage_export_job"
+    ) -> list[Seen]:
+        return [
+            seen
+            for seen in self.seen
+            if (seen.method, seen.server) == (method, server) and contains in seen.path
+        ]
 
     def part_answers(self, job: Job) -> list[list[Answer]]:
         if self.parts is None:
             wanted = [job.organization, *job.body.get("shared_org_ids", [])]  # type: ignore[misc]
-            rows = [row for one in dict.fromkeys(wanted) for row in self.usage.get(one, [])]
-            return [[Answer(gzip.compress(HEADER + b"".join(piece), 1))] for piece in split(rows, self.part_count)]
+            rows = [row for key in dict.fromkeys(wanted) for row in self.usage.get(key, [])]
+            pieces = split(rows, self.part_count)
+            return [[Answer(gzip.compress(self.header + b"".join(piece), 1))] for piece in pieces]
         return self.parts
 
     def report(self) -> bytes:
         """What the report of all organizations must be, byte for byte."""
-        return HEADER + b"".join(row for rows in self.usage.values() for row in rows)
+        return self.header + b"".join(row for rows in self.usage.values() for row in rows)
 
 
 class Server(ThreadingHTTPServer):
@@ -212,7 +288,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, *args: object) -> None:
-        """A client that hangs up is what tests are about, and no news."""
+        """Say nothing: tests let clients hang up on purpose."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -229,13 +305,22 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.fake.lock:
-            seen = Seen(self.fake.clock(), self.server_name, self.command, self.path, dict(self.headers.items()), body)
+            seen = Seen(
+                self.fake.clock(),
+                self.server_name,
+                self.command,
+                self.path,
+                dict(self.headers.items()),
+                body,
+            )
             self.fake.seen.append(seen)
             self.fake.open_requests[self.server_name] += 1
-            at_once = max(self.fake.open_requests[self.server_name], self.fake.most_at_once[self.server_name])
+            at_once = max(
+                self.fake.open_requests[self.server_name], self.fake.most_at_once[self.server_name]
+            )
             self.fake.most_at_once[self.server_name] = at_once
         try:
-            self.say(self.answer(seen))
+            self.send(self.answer(seen))
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
@@ -247,7 +332,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, seen: Seen) -> Answer:
         raise NotImplementedError
 
-    def say(self, answer: Answer) -> None:
+    def send(self, answer: Answer) -> None:
         if answer.drop:
             self.close_connection = True
             self.connection.close()
@@ -265,20 +350,26 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         self.end_headers()
         body = answer.body[: answer.cut]
-        for start in range(0, len(body), answer.bytes_a_write):
-            if start and answer.pause:
-                time_passes(answer.pause)
+        starts = range(0, len(body), answer.bytes_a_write)
+        for n, start in enumerate(itertools.cycle(starts) if answer.endless else starts):
+            if self.fake.closed:
+                self.close_connection = True
+                return
+            if n and answer.pause:
+                real_sleep(answer.pause)
             piece = body[start : start + answer.bytes_a_write]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if answer.chunked else piece)
         if answer.chunked and whole:
             self.wfile.write(b"0\r\n\r\n")
 
 
-time_passes = time.sleep  # kept from before a test stands in for it
+real_sleep = time.sleep  # before a test simulates time
 
 
 def in_json(content: object, status: int = 200, **headers: str) -> Answer:
-    return Answer(json.dumps(content).encode(), status, {"Content-Type": "application/json", **headers})
+    return Answer(
+        json.dumps(content).encode(), status, {"Content-Type": "application/json", **headers}
+    )
 
 
 def problem(status: int, message: str, **headers: str) -> Answer:
@@ -300,24 +391,41 @@ class ApiHandler(Handler):
             if seen.headers.get("Circle-Token") != fake.token:
                 return problem(401, "Invalid token provided.")
             if path == "/api/v2/me":
-                answer = in_json({"id": str(uuid.UUID(int=7)), "login": "pat", "name": "Pat Doe", "avatar_url": None})
+                answer = in_json(
+                    {
+                        "id": str(uuid.UUID(int=7)),
+                        "login": "pat",
+                        "name": "Pat Doe",
+                        "avatar_url": None,
+                    }
+                )
             elif path == "/api/v2/me/collaborations":
-                rows = [{"id": i, "name": n, "slug": f"gh/{n}", "vcs-type": "github"} for i, n in fake.organizations.items()]
-                answer = in_json([*rows, {"id": None, "name": "Old", "slug": "bb/old", "vcs-type": "bitbucket"}])
+                rows = [
+                    {"id": i, "name": n, "slug": f"gh/{n}", "vcs-type": "github"}
+                    for i, n in fake.organizations.items()
+                ]
+                answer = in_json(
+                    [*rows, {"id": None, "name": "Old", "slug": "bb/old", "vcs-type": "bitbucket"}]
+                )
             elif shares:
-                orgs = [{"id": i, "name": n, "vcs_type": "github"} for i, n in fake.organizations.items()]
+                orgs = [
+                    {"id": i, "name": n, "vcs_type": "github"}
+                    for i, n in fake.organizations.items()
+                ]
                 answer = in_json({"orgs": orgs})
             elif export and export[1] not in fake.organizations:
                 answer = problem(404, "Organization does not exist.")
             elif export:
                 answer = self.throttled(seen.method, export[1]) or (
-                    self.create(export[1], seen.body) if seen.method == "POST" else self.status(export[2] or "")
+                    self.create(export[1], seen.body)
+                    if seen.method == "POST"
+                    else self.status(export[2] or "")
                 )
             else:
                 answer = problem(404, "Not found.")
         if kind == "POST":
-            time_passes(fake.post_seconds)
-        return Answer(drop=True) if planned else answer
+            real_sleep(fake.post_seconds)
+        return planned or answer
 
     def throttled(self, method: str, organization: str) -> Answer | None:
         now, spent = self.fake.clock(), self.fake.spent[method, organization]
@@ -337,13 +445,16 @@ class ApiHandler(Handler):
     def create(self, organization: str, text: bytes) -> Answer:
         try:
             body = json.loads(text)
-            start, end = (datetime.strptime(body[key], "%Y-%m-%dT%H:%M:%SZ") for key in ("start", "end"))
-            right = set(body) <= {"start", "end", "shared_org_ids"} and start < end <= start + timedelta(days=32)
-            right = right and all(MOMENT.fullmatch(body[key]) for key in ("start", "end"))
-            right = right and all(UUID.fullmatch(one) for one in body.get("shared_org_ids", []))
+            start, end = (
+                datetime.strptime(body[key], "%Y-%m-%dT%H:%M:%SZ") for key in ("start", "end")
+            )
+            valid = set(body) <= {"start", "end", "shared_org_ids"}
+            valid = valid and start < end <= start + timedelta(days=32)
+            valid = valid and all(MOMENT.fullmatch(body[key]) for key in ("start", "end"))
+            valid = valid and all(map(UUID.fullmatch, body.get("shared_org_ids", [])))
         except (ValueError, KeyError, TypeError):
-            right = False
-        if not right:
+            valid = False
+        if not valid:
             return problem(400, "Unexpected request body provided.")
         if not set(body.get("shared_org_ids", [])) <= set(self.fake.organizations):
             return problem(404, "Organization does not exist.")
@@ -357,10 +468,20 @@ class ApiHandler(Handler):
         if not job:
             return problem(404, "Usage export job does not exist.")
         elapsed = fake.clock() - job.created_at
-        state = "created" if elapsed < fake.job_seconds / 10 else "processing" if elapsed < fake.job_seconds else "completed"
+        state = (
+            "created"
+            if elapsed < fake.job_seconds / 10
+            else "processing"
+            if elapsed < fake.job_seconds
+            else "completed"
+        )
         state = "failed" if fake.job_fails and state == "completed" else state
         state = fake.odd_states.pop(0) if fake.odd_states else state
-        answer: dict[str, object] = {"usage_export_job_id": job_id, "state": state, "download_urls": None}
+        answer: dict[str, object] = {
+            "usage_export_job_id": job_id,
+            "state": state,
+            "download_urls": None,
+        }
         if state == "failed":
             answer["error_reason"] = fake.job_fails
         if state == "completed" and job.empty_answers:
@@ -368,8 +489,9 @@ class ApiHandler(Handler):
         elif state == "completed":
             expires = int(fake.clock() + fake.link_seconds)
             answer["download_urls"] = [
-                f"{fake.store_url}/{job_id}/data_{n}.csv.gz?expires={expires}&signature={uuid.uuid4().hex}SIGNED"
-                for n in range(len(fake.part_answers(job)))
+                f"{fake.store_url}/{job_id}/data_{number}.csv.gz"
+                f"?expires={expires}&signature={uuid.uuid4().hex}SIGNED"
+                for number in range(len(fake.part_answers(job)))
             ]
         return in_json(answer)
 
@@ -381,7 +503,9 @@ class StoreHandler(Handler):
         path, query = urlsplit(seen.path).path, parse_qs(urlsplit(seen.path).query)
         match = re.fullmatch(r"/([^/]+)/data_(\d+)\.csv\.gz", path)
         with self.fake.lock:
-            if {"authorization", "circle-token", "cookie"} & {name.lower() for name in seen.headers}:
+            if {"authorization", "circle-token", "cookie"} & {
+                name.lower() for name in seen.headers
+            }:
                 return Answer(b"<Error>Only one auth mechanism allowed</Error>", 400)
             if "signature" not in query or float(query["expires"][0]) < self.fake.clock():
                 return Answer(b"<Error>Request has expired</Error>", 403)

@@ -1,384 +1,482 @@
-"""An export is never paid for twice: whatever interrupts a run, the same command goes on."""
+"""An export is never paid for twice: after an interruption, the same command resumes."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
-import random
-import signal
+import os
+import re
+import stat
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from clocks import REAL_SLEEP, Clock, FastTime, ended
+from clocks import Clock, FastTime
 from conftest import leftovers
-from fake_circleci import HEADER, ORGANIZATIONS, PRIMARY, Answer, FakeCircleCI, make_rows, problem, split
+from crash import crash, crash_after, watch
+from fake_circleci import HEADER, ORGANIZATIONS, PRIMARY, Answer, make_rows, problem, split
 
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
-
-
-def slow_parts(fake: FakeCircleCI, parts: int = 5, pause: float = 0.02) -> bytes:
-    """Parts that take a few tenths of a second each; returns the report they make."""
-    rows = make_rows(2000)
-    bodies = [gzip.compress(HEADER + b"".join(piece), 1) for piece in split(rows, parts)]
-    pauses = [pause * (1 + 2 * number) for number in range(parts)]
-    fake.parts = [[Answer(body, bytes_a_write=len(body) // 8, pause=pause)] for body, pause in zip(bodies, pauses)]
-    return HEADER + b"".join(rows)
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+GONE = problem(404, "Usage export job does not exist.")
 
 
-def wait_for(what, timeout: float = 20.0) -> None:
-    for _ in range(int(timeout / 0.005)):
-        if what():
-            return
-        REAL_SLEEP(0.005)
-    raise AssertionError("waited in vain")
+def state_file(output: Path) -> Path:
+    return next(output.glob(".export-*/state.json"))
 
 
-def state_of(output: Path) -> dict[str, object]:
-    files = list(output.glob(".export-*/state.json"))
-    return json.loads(files[0].read_text()) if files else {}
+def read_state(output: Path) -> dict[str, object]:
+    return json.loads(state_file(output).read_text())
 
 
-@POSIX
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_moments_until_the_report_stands(output, seed):
-    """kill -9, again and again. What can cost a second POST is a kill between CircleCI's taking it on and
-    its answer being on disk; no client can close that gap, so those kills are counted."""
-    dice, fast = random.Random(seed), FastTime(2000)
-    fake = FakeCircleCI(fast.time)
-    expected = slow_parts(fake)
-    fake.job_seconds = 60
-    jobs = unlucky = kills = 0
-    fetched: dict[str, int] = {}  # GETs of the parts that were complete at a kill
-    while True:
-        before = len(fake.seen)
-        child = fast.start(fake, "--output-dir", output)
-        wait_for(lambda: len(fake.seen) > before or child.poll() is not None)
-        if kills < 12:
-            REAL_SLEEP(dice.random() * 0.4)
-            child.kill()
-        result = ended(child)
-        if result.code == 0:
-            break
-        assert result.code == -9, result.err
-        kills += 1
-        unlucky += len(fake.jobs) > jobs and not state_of(output).get("job_id")
-        jobs = len(fake.jobs)
-        for path, count in fetched.items():
-            assert len(fake.requests("GET", "store", path)) == count
-        for part in output.glob(".export-*/part-*.csv"):
-            path = f"data_{int(part.name[5:9])}."
-            fetched[path] = len(fake.requests("GET", "store", path))
-    fake.close()
-    (report,) = output.glob("all_orgs_*.csv")
-    assert report == result.report and report.read_bytes() == expected
-    assert leftovers(output) == []
-    assert len(fake.jobs) == 1 + unlucky
-    assert kills >= 2, "the kills came too late to show anything"
-
-
-@POSIX
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("stage", ["waiting", "downloading"])
-def test_interrupted_it_says_that_the_same_command_goes_on(output, number, code, stage):
-    fast = FastTime(100 if stage == "waiting" else 1000)
-    fake = FakeCircleCI(fast.time)
-    expected = slow_parts(fake, pause=0.2 if stage == "downloading" else 0)
-    fake.job_seconds = 60
-    child = fast.start(fake, "--output-dir", output)
-    kind = "usage_export_job/" if stage == "waiting" else "data_"
-    wait_for(lambda: [one for one in fake.seen if kind in one.path])
-    asked = time.time()
-    child.send_signal(number)
-    result = ended(child)
-    assert time.time() - asked < 5  # the downloads alone would take 14
-    assert result.code == code and result.out == ""
-    assert "it goes on at CircleCI, and the same command collects it" in result.last_line
+def assert_one_report(fake, output: Path, result) -> None:
+    """The run was resumed: one POST, the right report, nothing left behind."""
+    assert result.code == 0, result.err
     assert "Traceback" not in result.err
-    for answers in fake.parts:
-        answers[0].pause = 0
-    assert (result := fast.run(fake, "--output-dir", output)).code == 0, result.err
-    assert result.report.read_bytes() == expected and len(fake.jobs) == 1 and leftovers(output) == []
-    fake.close()
+    assert result.report.read_bytes() == fake.report()
+    assert [*output.iterdir()] == [result.report]
+    assert len(fake.requests("POST")) == 1
 
 
-@POSIX
-@pytest.mark.parametrize("times", [1, 3], ids=["once", "three times"])
-def test_ctrl_c_while_the_post_is_under_way_keeps_its_job(fast, fast_fake, output, times):
-    fast_fake.post_seconds = 0.7
-    child = fast.start(fast_fake, "--output-dir", output)
-    wait_for(lambda: fast_fake.requests("POST"))
-    for _ in range(times):
-        REAL_SLEEP(0.1)
-        child.send_signal(signal.SIGINT)
-    result = ended(child)
-    assert result.code == 130 and "Waiting for CircleCI's answer first" in result.err
-    assert fast.run(fast_fake, "--output-dir", output).code == 0
-    assert len(fast_fake.jobs) == 1
-
-
-@POSIX
-def test_interrupted_before_the_post_it_says_so(fast, fast_fake, output):
-    fast_fake.plan("me", *[problem(429, "Later.", **{"Retry-After": "3000"})] * 9)
-    child = fast.start(fast_fake, "--output-dir", output)
-    wait_for(lambda: fast_fake.seen)
-    REAL_SLEEP(0.2)
-    child.send_signal(signal.SIGINT)
-    result = ended(child)
-    assert result.code == 130 and result.last_line.endswith("Interrupted before an export was asked for.")
-
-
-@POSIX
-@pytest.mark.parametrize("limit", [60_000, 400_000], ids=["downloading", "merging"])
-def test_a_disk_that_fills_up(output, tmp_path, limit):
-    """Stood in for by a limit on the size of a file: parts have about 200 kB, the report has 1 MB."""
-    fast = FastTime(1000)
-    fake = FakeCircleCI(fast.time)
-    expected = slow_parts(fake, pause=0)
-    full = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-    site = tmp_path / "sitecustomize.py"
-    site.write_text(full + Path(__file__).with_name("fast_time").joinpath("sitecustomize.py").read_text())
-    result = fast.run(fake, "--output-dir", output, PYTHONPATH=str(tmp_path))
-    assert result.code == 75 and "File too large" in result.err and "Traceback" not in result.err
-    assert not list(output.glob("all_orgs_*"))
-    assert "the same command collects it" in result.last_line
-    served = len(fake.requests("GET", "store", "data_"))
-    result = fast.run(fake, "--output-dir", output)
-    fake.close()
-    assert result.code == 0 and result.report.read_bytes() == expected
-    assert len(fake.jobs) == 1 and leftovers(output) == []
-    if limit > 200_000:
-        assert len(fake.requests("GET", "store", "data_")) == served == 5
-
-
-def interrupt_after(clock: Clock, seconds: float, monkeypatch: pytest.MonkeyPatch, then=lambda: None):
-    """Make the clock raise Ctrl-C once, so many seconds from now."""
-    at = clock.now + seconds
-
-    def sleep(pause: float) -> None:
-        Clock.sleep(clock, pause)
-        if clock.now > at:
-            monkeypatch.setattr(clock, "sleep", lambda pause: Clock.sleep(clock, pause))
-            then()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(clock, "sleep", sleep)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [b"", b"{", b"[]", b'{"job_id": 1}', b"\xff\xfe", b'{"job_id":"x","asked_at":"y","label":"","report":"","polls":[],"parts":[]}'],
-    ids=["empty", "cut off", "a list", "keys missing", "no UTF-8", "no number"],
-)  # fmt: skip
-def test_a_damaged_state_is_treated_as_absent(fake, run, clock, output, monkeypatch, damage):
-    def spoil() -> None:
-        next(output.glob(".export-*/state.json")).write_bytes(damage)
-
-    interrupt_after(clock, 5, monkeypatch, spoil)
-    assert run().code == 130
-    result = run()
-    assert result.code == 0 and "is damaged, so the export is asked for anew" in result.err
-    assert len(fake.requests("POST")) == 2 and leftovers(output) == []
-
-
-def test_a_state_that_cannot_be_read_for_now_is_not_lost(fake, run, clock, output, monkeypatch):
-    interrupt_after(clock, 5, monkeypatch)
-    assert run().code == 130
-    state = next(output.glob(".export-*/state.json"))
-    kept = state.with_name("kept")
-    state.rename(kept)
-    state.mkdir()
-    assert run().code == 75
-    state.rmdir()
-    kept.rename(state)
-    assert run().code == 0 and len(fake.requests("POST")) == 1
-
-
-def test_a_job_that_circleci_no_longer_knows_is_asked_for_anew(fake, run, clock, output, monkeypatch):
-    interrupt_after(clock, 5, monkeypatch)
-    assert run().code == 130
-    fake.jobs.clear()
-    result = run()
-    assert result.code == 0 and "asked for anew" in result.err
-    assert len(fake.requests("POST")) == 2 and leftovers(output) == []
-    assert result.report.name.endswith("_2026-09-01_2026-09-30.csv")
-
-
-def test_a_job_that_is_never_known_is_asked_for_anew_once(fake, run, output):
-    fake.plan("GET", *[problem(404, "Usage export job does not exist.")] * 9)
-    assert run().code == 1
-    assert len(fake.requests("POST")) == 2 and leftovers(output) == []
+# --- What makes it the same export ---
 
 
 @pytest.mark.parametrize(
     "arguments, variables, posts",
     [
-        ([], {}, 1),
-        (["--end", "2026-09-29"], {}, 2),
-        ([], {"PRIMARY_ORG_ID": list(ORGANIZATIONS)[1]}, 2),
-        ([], {"SHARED_ORG_IDS": PRIMARY}, 2),
-        ([], {"SHARED_ORG_IDS": ",".join(reversed(list(ORGANIZATIONS)))}, 1),
-        (["--period", "2026-09"], {}, 1),
+        pytest.param([], {}, 1, id="the same settings"),
+        pytest.param(["--end", "2026-09-29"], {}, 2, id="another window"),
+        pytest.param([], {"PRIMARY_ORG_ID": list(ORGANIZATIONS)[1]}, 2, id="another primary"),
+        pytest.param([], {"SHARED_ORG_IDS": PRIMARY}, 2, id="fewer organizations"),
+        pytest.param(
+            [], {"SHARED_ORG_IDS": ",".join([*ORGANIZATIONS][::-1])}, 1, id="another order"
+        ),
+        pytest.param(["--period", "2026-09"], {}, 1, id="the same window by --period"),
+        pytest.param(["--plain"], {}, 1, id="the same export as plain CSV"),
     ],
-    ids=["the same", "another window", "another primary", "other organizations", "another order", "the same by --period"],
 )
-def test_what_makes_another_export(fake, run, clock, monkeypatch, arguments, variables, posts):
-    interrupt_after(clock, 5, monkeypatch)
-    assert run().code == 130
+def test_which_command_resumes(fake, run, clock, arguments, variables, posts):
+    crash_after(5, clock, run)
     assert run(*arguments, **variables).code == 0
     assert len(fake.requests("POST")) == posts
 
 
-def test_an_end_in_the_future_stays_the_same_export_and_keeps_its_name(fake, run, clock, monkeypatch):
-    arguments = ["--start", "2026-10-10", "--end", "2026-10-31"]
-    interrupt_after(clock, 5, monkeypatch)
-    assert run(*arguments).code == 130
-    clock.now += 86400
-    result = run(*arguments)
-    assert result.code == 0 and len(fake.requests("POST")) == 1
-    assert result.report.name.endswith("_2026-10-10_2026-10-24.csv")
+def test_another_base_url_is_another_export(fake, run, clock):
+    crash_after(5, clock, run)
+    assert run(CIRCLECI_BASE_URL=fake.url.replace("127.0.0.1", "localhost")).code == 0
+    assert len(fake.requests("POST")) == 2
 
 
-def test_interrupted_while_merging_it_goes_on_without_a_request_for_the_job_or_its_parts(fake, run, output, monkeypatch):
-    import usage_report
+# --- An export whose end was in the future ---
 
-    def stop(tally: usage_report.Tally, block: bytes) -> None:
-        raise KeyboardInterrupt
+CUT = ["--start", "2026-10-10", "--end", "2026-10-31"]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(usage_report.Tally, "count", stop)
-        assert run().code == 130
-    assert not list(output.glob("all_orgs_*"))
-    asked = len(fake.requests("GET")), len(fake.requests("GET", "store", ""))
+
+@pytest.mark.parametrize("at", ["open part-", "open merged.csv"], ids=["waiting", "merging"])
+@pytest.mark.parametrize(
+    "days, posts, last_day",
+    [
+        pytest.param(0, 1, "2026-10-24", id="at once"),
+        pytest.param(6, 1, "2026-10-24", id="before that end has passed"),
+        pytest.param(8, 2, "2026-10-31", id="after that end has passed"),
+    ],
+)
+def test_a_window_that_was_cut_to_now(fake, run, clock, output, at, days, posts, last_day):
+    """The report has the name of the window that it covers. Once the whole window has passed, the
+    shorter export is not enough."""
+    crash(run, output, at, *CUT)
+    Clock.sleep(clock, days * 86400)
+    result = run(*CUT)
+    assert result.code == 0 and result.report.read_bytes() == fake.report()
+    assert result.report.name.endswith(f"_2026-10-10_{last_day}.csv")
+    assert len(fake.requests("POST")) == posts and leftovers(output) == []
+    assert ("Requesting the whole window" in result.err) == (posts == 2)
+    assert json.loads(fake.requests("POST")[-1].body)["end"].startswith(last_day)
+
+
+# --- Damaged state ---
+
+
+def fields(**values: object):
+    """Replace these fields."""
+    return lambda state: json.dumps({**state, **values})
+
+
+def without(*names: str):
+    return lambda state: json.dumps({key: state[key] for key in state if key not in names})
+
+
+def only_id(text: str):
+    """A text with <id> where the job ID belongs."""
+    return lambda state: text.replace("<id>", state["job_id"])
+
+
+DAMAGE = [
+    pytest.param(fields(requested_at=float("nan")), id="NaN"),
+    pytest.param(fields(requested_at=float("inf")), id="infinity"),
+    pytest.param(fields(requested_at=float("-inf")), id="minus infinity"),
+    pytest.param(fields(requested_at=1e300), id="1e300"),
+    pytest.param(fields(requested_at=10**400), id="a number of 400 digits"),
+    pytest.param(only_id(f'{{"job_id": "<id>", "requested_at": {"9" * 5000}}}'), id="5000 digits"),
+    pytest.param(fields(requested_at=-5), id="a negative time"),
+    pytest.param(fields(requested_at=0), id="time 0"),
+    pytest.param(fields(requested_at="yesterday"), id="a time that is a text"),
+    pytest.param(fields(requested_at=[1]), id="a time that is a list"),
+    pytest.param(fields(requested_at=True), id="a time that is true"),
+    pytest.param(fields(requested_at=None), id="no time"),
+    pytest.param(fields(polls=None), id="no polls"),
+    pytest.param(fields(polls="many"), id="polls that are a text"),
+    pytest.param(fields(polls={"1": 2}), id="polls that are an object"),
+    pytest.param(
+        fields(polls=[float("nan"), float("inf"), 1e300, 10**400, -1, None, "x", {}, [1]]),
+        id="polls of every wrong kind",
+    ),
+    pytest.param(fields(polls=[1.0] * 100_000), id="100,000 polls"),
+    pytest.param(fields(parts="part"), id="parts that are a text"),
+    pytest.param(fields(parts=7), id="parts that are a number"),
+    pytest.param(fields(parts=[None, 3, {}]), id="parts that are not texts"),
+    pytest.param(fields(parts=["part-1-of-1-0123456789ab.csv.gz"]), id="a part that is missing"),
+    pytest.param(fields(completed="yes"), id="completed is a text"),
+    pytest.param(fields(completed=True), id="completed too early"),
+    pytest.param(fields(end=7), id="an end that is a number"),
+    pytest.param(fields(end="someday"), id="an end that is not a time"),
+    pytest.param(fields(end="2026-09-99T99:99:99Z"), id="an end that does not exist"),
+    pytest.param(fields(report=["x"]), id="a report that is a list"),
+    pytest.param(fields(report="all_orgs_gone.csv"), id="a report that does not exist"),
+    pytest.param(fields(report="\0"), id="a report with a null character"),
+    pytest.param(fields(report="x" * 100_000), id="a report with 100,000 characters"),
+    pytest.param(fields(plain=[], report="all_orgs_x.csv"), id="plain is a list"),
+    pytest.param(fields(folder="/", clock=1), id="unknown fields"),
+    pytest.param(without("requested_at"), id="the time is missing"),
+    pytest.param(only_id('{"job_id": "<id>"}'), id="only the job ID"),
+    pytest.param(
+        only_id('{"version": 1, "job_id": "<id>", "asked_at": 1, "parts": ["part-0"]}'),
+        id="another version",
+    ),
+    pytest.param(only_id('{"JOB_ID" : "<id>"}'), id="another case"),
+    pytest.param(only_id('[{"job_id": "<id>"}]'), id="a list"),
+    pytest.param(only_id('{"job_id": "<id>", "end": "2026'), id="cut off"),
+    pytest.param(only_id("\ufeff" + '{"job_id": "<id>"}'), id="a BOM"),
+    pytest.param(only_id('{"job_id": "<id>"}\0\0\0'), id="null characters at the end"),
+    pytest.param(only_id('{"job_id": "<id>", "x": ' + "[" * 100_000), id="100,000 levels deep"),
+    pytest.param(only_id('\udcff\udcfe{"job_id": "<id>"}'), id="not UTF-8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_state_keeps_the_job_id(fake, run, clock, output, damage):
+    crash_after(5, clock, run)
+    text = damage(read_state(output))
+    state_file(output).write_bytes(text.encode("utf-8", "surrogateescape"))
+    started = clock.now
+    assert_one_report(fake, output, run())
+    assert clock.now - started <= 120  # The job takes 20 s.
+
+
+def test_a_job_id_in_capitals_is_kept(fake, run, clock, output):
+    crash_after(5, clock, run)
+    file, job_id = state_file(output), str(read_state(output)["job_id"])
+    file.write_text(file.read_text().replace(job_id, job_id.upper()))
+    assert_one_report(fake, output, run())
+
+
+def test_a_job_id_is_kept_that_is_only_in_the_draft_of_the_state(fake, run, clock, output):
+    crash_after(5, clock, run)
+    file = state_file(output)
+    file.rename(file.with_name("state.json.new"))
+    assert_one_report(fake, output, run())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("{", id="cut off"),
+        pytest.param("[]", id="a list"),
+        pytest.param('{"job_id": 1}', id="a number"),
+        pytest.param('{"job_id": "../../x"}', id="a path"),
+    ],
+)
+def test_without_a_job_id_the_export_is_requested_again(fake, run, clock, output, text):
+    crash_after(5, clock, run)
+    state_file(output).write_text(text)
+    result = run()
+    assert result.code == 0 and "before it could record its export job" in result.err
+    assert len(fake.requests("POST")) == 2 and leftovers(output) == []
+
+
+def old_part(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(gzip.compress(HEADER + make_rows(1)[0]))
+
+
+def rename_part(folder: Path, number: int) -> None:
+    """As if the part had been downloaded from another link."""
+    part = next(folder.glob(f"part-*{number}-of-*"))
+    part.unlink()
+    old_part(folder, f"{part.name[:18]}0123456789ab.csv.gz")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_part_that_is_missing_is_downloaded(fake, run, output, number):
+    crash(run, output, "open merged.csv")
+    next(output.glob(f".export-*/part-*{number}-of-*")).unlink()
+    assert_one_report(fake, output, run())
+    assert len(fake.requests("GET", "store", "data_")) == 4
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_parts_of_different_links_are_not_mixed(fake, run, output, number):
+    crash(run, output, "open merged.csv")
+    rename_part(state_file(output).parent, number)
+    assert_one_report(fake, output, run())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("part-0001-of-0003-0123456789ab.csv.gz", id="a part twice"),
+        pytest.param("part-0004-of-0003-0123456789ab.csv.gz", id="one too many"),
+        pytest.param(
+            "part-0001-of-0004-0123456789ab.csv.gz", id="a part of another number of parts"
+        ),
+        pytest.param("part-0001-of-0003-0123456789ab.csv.gz.new", id="a draft"),
+        pytest.param("merged.csv", id="a merged file"),
+        pytest.param("merged.csv.new", id="the draft of a merged file"),
+        pytest.param("part-0000.csv", id="a part of another version"),
+    ],
+)
+def test_other_files_in_the_folder_do_not_change_the_report(fake, run, output, name):
+    crash(run, output, "open merged.csv")
+    old_part(state_file(output).parent, name)
+    assert_one_report(fake, output, run())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["../../secret.csv"], id="a path"),
+        pytest.param(["secret.csv"], id="another file"),
+        pytest.param(["state.json", "lock"], id="other files of the folder"),
+    ],
+)
+@pytest.mark.parametrize("at", ["open part-", "open merged.csv"], ids=["before", "after"])
+def test_part_names_in_the_state_are_never_paths(fake, run, output, names, at):
+    crash(run, output, at)
+    for secret in (output.parent / "secret.csv", state_file(output).with_name("secret.csv")):
+        secret.write_bytes(HEADER + b"secret\n")
+    record = {**read_state(output), "parts": names, "completed": True}
+    state_file(output).write_text(json.dumps(record))
+    assert_one_report(fake, output, run())
+    assert (output.parent / "secret.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.csv", "secret.csv", "/secret.csv"])
+def test_a_state_that_names_another_file_as_its_report(fake, run, output, name):
+    crash(run, output, "rename merged.csv")
+    secret = output.parent / "secret.csv"
+    secret.write_text("secret")
+    name = name if name[0] != "/" else str(secret)
+    (output / "secret.csv").write_text("secret")
+    state_file(output).write_text(json.dumps({**read_state(output), "report": name}))
+    result = run()
+    assert result.report.read_bytes() == fake.report() and len(fake.requests("POST")) == 1
+    assert secret.read_text() == "secret"
+
+
+def test_a_state_that_cannot_be_read_for_now_is_not_lost(fake, run, clock, output):
+    crash_after(5, clock, run)
+    state = state_file(output)
+    kept = state.rename(state.with_name("kept"))
+    state.mkdir()
+    assert run().code == 75
+    state.rmdir()
+    kept.rename(state)
+    assert_one_report(fake, output, run())
+
+
+def test_a_part_that_is_damaged_on_disk_is_downloaded_again(fake, run, output):
+    crash(run, output, "open merged.csv")
+    part = next(output.glob(".export-*/part-0002-*"))
+    part.write_bytes(part.read_bytes()[:-20])
+    assert_one_report(fake, output, run())
+    assert len(fake.requests("GET", "store", "data_")) == 4
+
+
+def test_parts_without_a_state_are_not_used(fake, run, clock, output):
+    crash(run, output, "open merged.csv")
+    file = state_file(output)
+    for part in file.parent.glob("part-*"):
+        part.write_bytes(gzip.compress(HEADER + b"of another job\n"))
+    file.unlink()
     result = run()
     assert result.code == 0 and result.report.read_bytes() == fake.report()
-    assert (len(fake.requests("GET")), len(fake.requests("GET", "store", ""))) == asked
+    assert len(fake.requests("POST")) == 2 and leftovers(output) == []
 
 
-def test_killed_between_placing_the_report_and_cleaning_up(fake, run, output, monkeypatch):
-    import usage_report
+# --- What is done is not done again ---
 
-    forget = usage_report.Export.forget
 
-    def stop(export: usage_report.Export) -> None:
-        if list(output.glob("all_orgs_*")):
-            raise KeyboardInterrupt
-        forget(export)
+def test_complete_parts_are_not_downloaded_again(fake, run, output):
+    fake.parts = [
+        [Answer(gzip.compress(HEADER + b"".join(rows)))] for rows in split(make_rows(9), 3)
+    ]
+    right = fake.parts[1]
+    fake.parts[1] = [problem(404, "NoSuchKey")]
+    assert run().code == 1
+    fake.parts[1] = right
+    result = run()
+    assert result.code == 0 and result.report.read_bytes() == HEADER + b"".join(make_rows(9))
+    served = [seen.path.split("?")[0][-8] for seen in fake.requests("GET", "store", "data_")]
+    assert sorted(served) == ["0", "1", "1", "2"] and len(fake.requests("POST")) == 1
 
-    with monkeypatch.context() as patch:
-        patch.setattr(usage_report.Export, "forget", stop)
-        assert run().code == 130
+
+def test_after_a_crash_in_the_merge_nothing_is_requested(fake, run, output):
+    crash(run, output, "write merged.csv")
+    polls, served = len(fake.requests("GET")), len(fake.requests("GET", "store", ""))
+    assert_one_report(fake, output, run())
+    assert (len(fake.requests("GET")), len(fake.requests("GET", "store", ""))) == (polls, served)
+
+
+def test_a_report_that_is_published_is_not_produced_again(fake, run, output):
+    crash(run, output, "remove part-")
     (report,) = output.glob("all_orgs_*")
+    before = report.stat()
     result = run()
-    assert (result.code, result.report) == (0, report)
-    assert [*output.iterdir()] == [report]
+    assert result.report == report and report.stat().st_mtime_ns == before.st_mtime_ns
+    assert_one_report(fake, output, result)
 
 
-@pytest.mark.parametrize("removed", range(6))
-def test_killed_while_cleaning_up(fake, run, output, monkeypatch, removed):
-    """What tells of the report goes last, so the next run finds the report and no second export is asked for."""
-    unlink, done = Path.unlink, []
-
-    def stop_after(path: Path, **options: bool) -> None:
-        if path.parent.name.startswith(".export") and list(output.glob("all_orgs_*")):
-            if len(done) == removed:
-                raise KeyboardInterrupt
-            done.append(path)
-        unlink(path, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", stop_after)
-        run()
+def test_a_report_of_another_run_under_the_recorded_name(fake, run, output):
+    """The run was killed just before it published, and another run took the name."""
+    crash(run, output, "link all_orgs_")
+    other = output / str(read_state(output)["report"])
+    other.write_text("another report")
     result = run()
-    if done[-1:] and done[-1].name in ("merged.csv", "lock"):
-        return  # all was done before it was killed, and the second run is another
-    assert result.code == 0 and len(list(output.glob("all_orgs_*"))) == 1
-    assert len(fake.requests("POST")) == 1 and leftovers(output) == []
+    assert result.code == 0 and result.report != other
+    assert result.report.read_bytes() == fake.report() and other.read_text() == "another report"
 
 
-def test_a_report_that_was_renamed_after_a_crash_is_not_touched(fake, run, output, monkeypatch):
+def test_a_published_report_does_not_stand_for_plain_csv(fake, run, output):
+    crash(run, output, "remove part-")
+    (report,) = output.glob("all_orgs_*")
+    result = run("--plain")
+    assert result.code == 0 and result.report != report and b"\\N" not in result.report.read_bytes()
+    assert report.read_bytes() == fake.report() and len(fake.requests("POST")) == 1
+
+
+def test_a_report_that_was_renamed_after_a_crash_is_not_touched(fake, run, output):
     """It is still a second name of the merged file."""
-    import usage_report
-
-    monkeypatch.setattr(usage_report, "print", lambda *words, **how: 1 / 0, raising=False)
-    with pytest.raises(ZeroDivisionError):
-        run()
-    monkeypatch.delattr(usage_report, "print")
+    crash(run, output, "remove part-")
     (report,) = output.glob("all_orgs_*")
     renamed = report.rename(output / "mine.csv")
-    before, inode = renamed.read_bytes(), renamed.stat().st_ino
     result = run()
-    assert result.code == 0 and result.report.stat().st_ino != inode
-    assert renamed.read_bytes() == before == result.report.read_bytes()
+    assert result.code == 0 and not result.report.samefile(renamed)
+    assert renamed.read_bytes() == fake.report() == result.report.read_bytes()
 
 
-def test_a_crash_while_the_state_is_written_leaves_the_old_one(fake, run, clock, output, monkeypatch):
-    import os
+def test_a_report_moved_at_once_after_its_path_is_printed(fake, run, output, tmp_path):
+    def move(count: int, operation: str) -> None:
+        if operation.startswith("remove part-"):
+            for report in output.glob("all_orgs_*"):
+                report.rename(tmp_path / "moved.csv")
 
-    replace, calls = os.replace, []
-
-    def crash(draft: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        replace(draft, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", crash)
-        assert run().code == 130
-    assert state_of(output)["job_id"] in fake.jobs
-    assert run().code == 0 and len(fake.requests("POST")) == 1
+    with watch(output, move):
+        result = run()
+    assert result.code == 0 and "Traceback" not in result.err
+    assert (tmp_path / "moved.csv").read_bytes() == fake.report() and not result.report.exists()
+    assert leftovers(output) == [] and len(fake.requests("POST")) == 1
 
 
-def test_parts_without_a_state_are_not_taken_for_the_next_job(fake, run, clock, output, monkeypatch):
-    interrupt_after(clock, 5, monkeypatch)
-    assert run().code == 130
-    (folder,) = output.glob(".export-*")
-    (folder / "state.json").unlink()
-    (folder / "part-0000-0123456789ab.csv").write_text("of another job")
-    import usage_report
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_an_existing_report_is_never_overwritten(fake, run, clock, output, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", fail_with(errno.ENOTSUP))
+    names = []
+    for number in range(3):
+        clock.now = 1792843200.0  # The same moment, so the same name.
+        fake.usage = {PRIMARY: make_rows(number + 1)}
+        names.append(run().report)
+    assert len(set(names)) == 3
+    assert [report.read_bytes().count(b"\n") for report in names] == [2, 3, 4]
 
-    save, seen = usage_report.Export.save, set()
-    monkeypatch.setattr(usage_report.Export, "save", lambda export: save(export) or seen.update(folder.iterdir()))
+
+# --- A job that CircleCI does not know ---
+
+
+def test_a_404_for_a_new_job_is_temporary(fake, run, output):
+    fake.plan("GET", *[GONE] * 3)
+    assert_one_report(fake, output, run())
+
+
+def test_a_job_that_is_gone_is_requested_again(fake, run, clock, output):
+    crash_after(5, clock, run)
+    fake.jobs.clear()
     result = run()
-    assert folder / "part-0000-0123456789ab.csv" not in seen
-    assert result.code == 0 and result.report.read_bytes() == fake.report() and leftovers(output) == []
+    assert result.code == 0 and "Requesting the export again" in result.err
+    assert result.report.read_bytes() == fake.report()
+    assert len(fake.requests("POST")) == 2 and leftovers(output) == []
 
 
-def test_a_disk_that_is_full_just_after_the_post(fake, run, monkeypatch):
-    """The ID cannot be written; the words say how to go on."""
-    import usage_report
-
-    flush, calls = usage_report.flush, []
-
-    def fill(file: object) -> None:
-        calls.append(file)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        flush(file)
-
-    monkeypatch.setattr(usage_report, "flush", fill)
+def test_a_job_that_is_never_known_is_requested_again_once(fake, run):
+    fake.plan("GET", *[GONE] * 40)
     result = run()
+    assert result.code == 1 and "404" in result.err
+    assert len(fake.requests("POST")) == 2
+
+
+def test_a_token_that_lost_access_costs_no_second_export(fake, run, clock, output):
+    crash_after(5, clock, run)
+    organizations = dict(fake.organizations)
+    del fake.organizations[PRIMARY]
+    result = run()
+    assert result.code == 1 and f"no access to organization {PRIMARY}" in result.err
+    assert len(fake.requests("POST")) == 1 and read_state(output)["job_id"] in fake.jobs
+    fake.organizations = organizations
+    assert_one_report(fake, output, run())
+
+
+def test_polls_of_an_export_that_is_requested_again_count_too(fake, run, clock):
+    """They were spent on the same organization."""
+    window = ["--start", "2026-10-24T00:00:00Z", "--end", "2026-10-24T12:05:00Z"]  # It is 12:00.
+    fake.job_seconds = 1000
+    crash_after(500, clock, run, *window)
+    assert run(*window).code == 0 and len(fake.requests("POST")) == 2
+    times = [seen.at for seen in fake.requests("GET")]
+    assert len(times) > 10
+    assert max(sum(at <= other < at + 3600 for other in times) for at in times) <= 10
+
+
+# --- --job-id ---
+
+
+@pytest.mark.parametrize("at", ["open part-", "rename part-0003", "open merged.csv"])
+def test_job_id_uses_and_removes_the_folder_of_the_interrupted_run(fake, run, output, at):
+    crash(run, output, at)
     (job_id,) = fake.jobs
-    assert result.code == 75 and f"No space left on device: tell the next run the job ID, by --job-id {job_id}" in result.last_line
-    assert run("--job-id", job_id).code == 0 and len(fake.requests("POST")) == 1
+    complete = len(list(output.glob(".export-*/part-*.gz")))
+    served = len(fake.requests("GET", "store", "data_"))
+    result = run("--job-id", job_id, START_DATE=None, END_DATE=None)
+    assert_one_report(fake, output, result)
+    assert result.report.name.endswith(f"_{job_id}.csv")
+    assert len(fake.requests("GET", "store", "data_")) - served == 3 - complete
 
 
-def test_a_file_system_that_cannot_lock_is_not_another_run(fake, run, monkeypatch):
-    import usage_report
-
-    def fail(*arguments: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(usage_report.fcntl, "flock", fail)
-    result = run()
-    assert result.code == 75 and "Operation not supported" in result.err and "Another run" not in result.err
+def test_job_id_leaves_the_folders_of_other_exports(fake, run, clock, output):
+    crash_after(5, clock, run)
+    crash_after(5, clock, run, "--end", "2026-09-10")
+    first, second = fake.jobs
+    assert run("--job-id", first).code == 0
+    (folder,) = output.glob(".export-*")
+    assert second in (folder / "state.json").read_text()
 
 
-def test_two_runs_of_one_request_at_once(fake, run, output, clock):
-    """The second leaves at once; the first is not disturbed. A killed run's lock blocks nobody: see above."""
+# --- Two runs at once ---
+
+
+@pytest.mark.parametrize("by_job_id", [False, True], ids=["the same command", "--job-id"])
+def test_two_runs_at_once(fake, run, output, clock, by_job_id):
+    """The second one exits with 1, so that no cron job repeats it. The first is not disturbed."""
     fake.job_seconds, waiting, leave = 40, threading.Event(), threading.Event()
 
     def sleep(seconds: float) -> None:
@@ -387,21 +485,116 @@ def test_two_runs_of_one_request_at_once(fake, run, output, clock):
             leave.wait(10)
         Clock.sleep(clock, seconds)
 
-    clock.sleep = sleep  # type: ignore[method-assign]
+    clock.sleep = sleep
     codes = []
     first = threading.Thread(target=lambda: codes.append(run().code))
     first.start()
     assert waiting.wait(10)
-    result = run()
+    result = run("--job-id", next(iter(fake.jobs))) if by_job_id else run()
     leave.set()
     first.join(20)
-    assert result.code == 75 and "Another run is at work on this export" in result.err
+    assert result.code == 1 and "Another run is working on this export" in result.err
     assert codes == [0] and len(fake.requests("POST")) == 1 and leftovers(output) == []
 
 
-def test_the_state_holds_neither_the_token_nor_a_signed_url(fake, run, clock, output, monkeypatch):
+# --- File systems that cannot do everything ---
+
+
+def fail_with(number: int):
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+NO_LOCKS = [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS]
+NO_LINKS = [errno.ENOTSUP, errno.EPERM, errno.EMLINK]
+
+
+@POSIX
+@pytest.mark.parametrize("number", NO_LOCKS, ids=os.strerror)
+def test_without_locks_there_is_a_notice(fake, run, output, monkeypatch, number):
+    monkeypatch.setattr("fcntl.flock", fail_with(number))
+    result = run()
+    assert_one_report(fake, output, result)
+    assert "notice: Cannot lock" in result.err and os.strerror(number) in result.err
+
+
+@pytest.mark.parametrize("number", NO_LINKS, ids=os.strerror)
+def test_without_hard_links(fake, run, output, monkeypatch, number):
+    monkeypatch.setattr(os, "link", fail_with(number))
+    result = run()
+    assert_one_report(fake, output, result)
+    assert "notice" not in result.err
+
+
+@pytest.mark.parametrize("function", ["open", "fsync"])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES], ids=os.strerror)
+def test_without_flushing_a_folder(fake, run, output, monkeypatch, function, number):
+    original = getattr(os, function)
+
+    def fail_for_folders(target, *arguments):
+        if stat.S_ISDIR(os.stat(target).st_mode):
+            raise OSError(number, os.strerror(number))
+        return original(target, *arguments)
+
+    monkeypatch.setattr(os, function, fail_for_folders)
+    result = run()
+    assert_one_report(fake, output, result)
+    assert "notice" not in result.err
+
+
+@POSIX
+@pytest.mark.parametrize("limit", [20_000, 200_000], ids=["downloading", "merging"])
+def test_a_file_that_may_not_grow(fake, run, clock, output, tmp_path, limit):
+    """A full disk, simulated by a limit: a part has about 50 kB, the report has 250 kB."""
+    fast, rows = FastTime(1000), make_rows(500)
+    fake.clock = fast.time
+    fake.parts = [[Answer(gzip.compress(HEADER + b"".join(part), 0))] for part in split(rows, 5)]
+    site = tmp_path / "sitecustomize.py"
+    full = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    site.write_text(full + Path(__file__).with_name("fast_time").joinpath(site.name).read_text())
+    result = fast.run(fake, "--output-dir", output, PYTHONPATH=str(tmp_path))
+    assert result.code == 75 and "File too large" in result.err and "Traceback" not in result.err
+    assert not list(output.glob("all_orgs_*")) and not list(output.rglob("*.new"))
+    assert "The export is kept in" in result.last_line
+    served = len(fake.requests("GET", "store", "data_"))
+    result = fast.run(fake, "--output-dir", output)
+    assert result.code == 0 and result.report.read_bytes() == HEADER + b"".join(rows)
+    assert len(fake.jobs) == 1 and leftovers(output) == []
+    if limit > 100_000:
+        assert len(fake.requests("GET", "store", "data_")) == served == 5
+
+
+# --- What is on disk ---
+
+
+def test_the_folder_holds_neither_the_token_nor_a_signed_url(fake, run, output):
     fake.parts = [[problem(404, "gone")]]
     assert run().code == 1
-    state = state_of(output)
-    assert state["job_id"] in fake.jobs and state["parts"]
-    assert fake.token not in json.dumps(state) and "http" not in json.dumps(state)
+    state = read_state(output)
+    assert state["job_id"] in fake.jobs
+    for path in output.rglob("*"):
+        if path.is_file():
+            assert not re.search(rb"CCIPAT|http|signature|SIGNED", path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "answers, code",
+    [
+        pytest.param([problem(400, "No.")], 1, id="CircleCI refuses"),
+        pytest.param([problem(429, "No.", **{"Retry-After": "9999"})] * 9, 75, id="the rate limit"),
+        pytest.param([Answer(drop=True)] * 9, 1, id="an unknown outcome"),
+    ],
+)
+def test_without_an_export_no_folder_is_left(fake, run, output, answers, code):
+    fake.plan("POST", *answers)
+    assert run().code == code
+    assert leftovers(output) == []
+
+
+def test_a_failed_job_is_forgotten(fake, run, output):
+    fake.job_fails = "too many rows"
+    assert run().code == 1 and leftovers(output) == []
+    fake.job_fails = ""
+    assert run().code == 0 and len(fake.requests("POST")) == 2

@@ -1,128 +1,251 @@
-"""Settings: where they come from, and what each wrong one is answered with, before any request."""
+"""Settings: where they come from, and what happens, before any request, if one is wrong."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from datetime import datetime
 
 import pytest
-from fake_circleci import ORGANIZATIONS, PRIMARY, TOKEN
+from clocks import Result
+from fake_circleci import ORGANIZATIONS, PRIMARY, TOKEN, in_json, problem
 
 import usage_report
 
-FILE = "--env-file"
+SEPTEMBER = "2026-09-01T00:00:00Z 2026-09-30T23:59:59Z"
+
+
+def at(text: str) -> float:
+    """Unix time of a UTC time such as 2026-10-24T12:00:00Z."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+
+
+def start(value: str) -> list[str]:
+    return ["--start", value]
+
+
+def window(*flags: str) -> list[str]:
+    return ["--start", flags[0], "--end", flags[1]]
+
+
+def case(id: str, message: str, *arguments: str, **variables: str | None):
+    return pytest.param(list(arguments), variables, message, id=id)
+
+
+INVALID = [
+    case("no token", r"CIRCLE_TOKEN is not set\..* such as CCIPAT_", CIRCLE_TOKEN=None),
+    case("blank token", "CIRCLE_TOKEN is not set", CIRCLE_TOKEN="  "),
+    case("placeholder", "CIRCLE_TOKEN is not set", CIRCLE_TOKEN=usage_report.PLACEHOLDER),
+    case("token with a blank", "CIRCLE_TOKEN has an invalid character", CIRCLE_TOKEN="abc def"),
+    case("token not in ASCII", "CIRCLE_TOKEN has an invalid character", CIRCLE_TOKEN="abc\u20ac"),
+    case("primary", "PRIMARY_ORG_ID must be a UUID, such as b9291e0d-", PRIMARY_ORG_ID="acme"),
+    case(
+        "shared",
+        "Entry 2 of SHARED_ORG_IDS must be a UUID, such as b9291e0d-",
+        SHARED_ORG_IDS=f"{PRIMARY},x",
+    ),
+    case("job", "--job-id must be a UUID, such as .* Copy it from the run", "--job-id", "7"),
+    case("no start", "START_DATE is not set. Use --period last-month, or --start", START_DATE=None),
+    case("empty end", "END_DATE is not set. Use --period last-month, or --start", END_DATE=""),
+    case("no such day", "START_DATE 2026-02-30 is not a valid date", START_DATE="2026-02-30"),
+    case("another format", "START_DATE 01/09/2026 is not a valid date", START_DATE="01/09/2026"),
+    case("no seconds", "--end 2026-09-30T12:00 is not a valid", "--end", "2026-09-30T12:00"),
+    case("hour 24", "--start .* is not a valid date", *start("2026-09-01T24:00:00Z")),
+    case("a single digit", "--start 2026-9-1 is not a valid date", *start("2026-9-1")),
+    case("digits of another script", "is not a valid date", *start("\u0662026-09-01")),
+    case(
+        "start after end, both flags",
+        "--start 2026-09-30 .*--end 2026-09-01: the start must be before the end",
+        *window("2026-09-30", "2026-09-01"),
+    ),
+    case(
+        "start after end, a variable and a flag",
+        "START_DATE 2026-09-01 .*--end 2026-08-30: the start must be before the end",
+        *["--end", "2026-08-30"],
+    ),
+    case(
+        "start is end",
+        "must be before the end",
+        *window("2026-09-01T00:00:00Z", "2026-09-01T00:00:00Z"),
+    ),
+    case(
+        "start in the future",
+        "--start 2026-10-25 is in the future. Use 2026-",
+        *window("2026-10-25", "2026-10-30"),
+    ),
+    case(
+        "over 13 months ago",
+        "--start 2025-09-23 is too old: CircleCI keeps 13 months of usage. Use 2025-09-24 or later",
+        *window("2025-09-23", "2025-10-01"),
+    ),
+    case(
+        "33 days",
+        "--start 2026-08-01 .*--end 2026-09-02: .* at most 32 days",
+        *window("2026-08-01", "2026-09-02"),
+    ),
+    case(
+        "period month 13",
+        "--period must be yesterday, last-7-days, this-month, last-month, or a month such as "
+        "2026-09, not 2026-13",
+        *["--period", "2026-13"],
+    ),
+    case("unknown period", "must be yesterday, .* not last-year", "--period", "last-year"),
+    case("period in the future", "has no complete day yet", "--period", "2026-11"),
+    case("period too old", "--period 2025-0.*too old", "--period", "2025-09"),
+    case(
+        "period and end",
+        "--period cannot be combined with --start or --end",
+        *["--period", "yesterday", "--end", "2026-09-01"],
+    ),
+    case(
+        "period and start",
+        "--period cannot be combined with --start or --end",
+        *["--period", "yesterday", "--start", "2026-09-01"],
+    ),
+    *(
+        case(id, "CIRCLECI_BASE_URL must be https://.* such as https://circleci.com", **variables)
+        for id, variables in {
+            "http": {"CIRCLECI_BASE_URL": "http://circleci.com"},
+            "http to a name like loopback": {"CIRCLECI_BASE_URL": "http://127.0.0.1.example.com"},
+            "http with a user": {"CIRCLECI_BASE_URL": "http://localhost@example.com"},
+            "URL with a path": {"CIRCLECI_BASE_URL": "https://circleci.com/api/v2"},
+            "URL with a query": {"CIRCLECI_BASE_URL": "https://circleci.com?a=b"},
+            "URL without a scheme": {"CIRCLECI_BASE_URL": "circleci.com"},
+            "URL with an empty label": {"CIRCLECI_BASE_URL": "https://a..b"},
+            "URL with a line break": {"CIRCLECI_BASE_URL": "https://circleci.com\n.example.com"},
+        }.items()
+    ),
+    case("date beside --job-id", "not a valid date", "--job-id", PRIMARY, *start("2026-02-31")),
+    case("period beside --job-id", "--period must be", "--job-id", PRIMARY, "--period", "x"),
+    case(
+        "output is a device",
+        "Cannot write to .*Use --output-dir with another folder, such as --output-dir reports",
+        *["--output-dir", os.devnull],
+    ),
+    case("output inside a device", "Cannot write to ", "--output-dir", f"{os.devnull}/x"),
+    case(
+        "missing env file",
+        "Cannot read .*missing.env: No such file.*Copy .env.example to .env",
+        *["--env-file", "missing.env"],
+    ),
+    case("env file is a folder", "Cannot read ", "--env-file", "."),
+]
+
+
+@pytest.mark.parametrize("arguments, variables, message", INVALID)
+def test_invalid_settings_exit_with_2_before_any_request(fake, run, arguments, variables, message):
+    result = run(*arguments, **variables)
+    assert result.code == 2
+    assert re.search(message, result.err), result.err
+    assert (result.out, fake.seen, result.err.count("\n")) == ("", [], 1)
+
+
+@pytest.mark.parametrize("today", ["2026-10-24", "2026-03-01", "2027-01-01", "2028-02-29"])
+@pytest.mark.parametrize(
+    "arguments, variables",
+    [
+        pytest.param([], {"START_DATE": None}, id="no date"),
+        pytest.param(start("01.02.2026"), {}, id="invalid date"),
+        pytest.param(window("2026-01-02", "2026-01-01"), {}, id="start after end"),
+        pytest.param(window("2031-01-01", "2031-01-02"), {}, id="in the future"),
+        pytest.param(window("2020-01-01", "2020-01-02"), {}, id="too old"),
+        pytest.param(window("2025-12-01", "2026-01-31"), {}, id="too long"),
+    ],
+)
+def test_dates_in_messages_are_valid_today(run, clock, today, arguments, variables):
+    """Each date of the advice, as a window of one day; and the last two, as a window."""
+    clock.now = at(f"{today}T12:00:00Z")
+    message = run(*arguments, **variables).err.partition(" ")[2]
+    given = {*arguments, *variables.values()}
+    dates = [day for day in re.findall(r"\b\d{4}-\d\d-\d\d\b", message) if day not in given]
+    assert dates, message
+    for first, last in [*zip(dates, dates), (dates[-2:][0], dates[-1])]:
+        assert run("--dry-run", *window(first, last)).code == 0, f"{message} {first} {last}"
+
+
+@pytest.mark.parametrize("today", ["2026-10-24", "2026-03-01", "2027-01-01"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["last-year", "2020-01", "2031-01", "this-month"],
+    ids=["unknown", "too old", "in the future", "on the first day of a month"],
+)
+def test_periods_in_messages_are_valid_today(run, clock, today, wrong):
+    clock.now = at(f"{today}T12:00:00Z" if wrong != "this-month" else "2026-12-01T12:00:00Z")
+    result = run("--period", wrong)
+    assert result.code == 2
+    message = result.err.partition(" ")[2].replace(f"--period {wrong}", "").replace(wrong, "")
+    advice = re.findall(r"\b(?:\d{4}-\d\d(?!-|\d)|yesterday|last-7-days|last-month)\b", message)
+    dates = re.findall(r"\b\d{4}-\d\d-\d\d\b", message)
+    assert advice or dates, message
+    for period in advice:
+        assert run("--dry-run", "--period", period).code == 0, message
+    assert not dates or "--start" in message, f"a date is not a period: {message}"
 
 
 @pytest.mark.parametrize(
-    "arguments, variables, said",
+    "arguments, variables",
     [
-        pytest.param([], {"CIRCLE_TOKEN": None}, r"CIRCLE_TOKEN is not set\..*like CIRCLE_TOKEN=", id="no token"),
-        pytest.param([], {"CIRCLE_TOKEN": "  "}, "CIRCLE_TOKEN is not set", id="blank token"),
-        pytest.param([], {"CIRCLE_TOKEN": usage_report.PLACEHOLDER}, "CIRCLE_TOKEN is not set", id="token of the example"),
-        pytest.param([], {"CIRCLE_TOKEN": "abc def"}, "CIRCLE_TOKEN has a blank", id="token with a blank"),
-        pytest.param([], {"CIRCLE_TOKEN": "abc\u20ac"}, "CIRCLE_TOKEN has a blank or a character", id="token that is no ASCII"),
-        pytest.param([], {"PRIMARY_ORG_ID": "acme"}, "PRIMARY_ORG_ID is not a UUID.*like b9291e0d-", id="primary that is no UUID"),
-        pytest.param([], {"SHARED_ORG_IDS": f"{PRIMARY},x"}, "SHARED_ORG_IDS .entry 2, between commas. is not a UUID like b9291e0d-", id="shared that is no UUID"),
-        pytest.param(["--job-id", "7"], {}, "--job-id is not a UUID.*like", id="job that is no UUID"),
-        pytest.param([], {"START_DATE": None}, r"START_DATE \(--start\) is not set.*--period last-month", id="no start"),
-        pytest.param([], {"END_DATE": ""}, r"END_DATE \(--end\) is not set.*--end 2026", id="no end"),
-        pytest.param([], {"START_DATE": "2026-02-30"}, "START_DATE.*'2026-02-30'.*no date like", id="a day that does not exist"),
-        pytest.param([], {"START_DATE": "01/09/2026"}, "START_DATE.*no date like 2026-03-31", id="another form"),
-        pytest.param(["--end", "2026-09-30T12:00"], {}, r"END_DATE \(--end\).*no date like", id="time without zone"),
-        pytest.param(["--start", "2026-09-01T24:00:00Z"], {}, "no date like", id="hour 24"),
-        pytest.param(["--start", "2026-9-1"], {}, "no date like", id="one digit"),
-        pytest.param(["--start", "\u0662026-09-01"], {}, "no date like", id="digits of another script"),
-        pytest.param(["--start", "2026-09-30", "--end", "2026-09-01"], {}, "2026-09-30 is not before.*2026-09-01", id="start after end"),
-        pytest.param(["--start", "2026-09-01T00:00:00Z", "--end", "2026-09-01T00:00:00Z"], {}, "not before", id="start at end"),
-        pytest.param(["--start", "2026-10-25", "--end", "2026-10-30"], {}, "is in the future", id="start in the future"),
-        pytest.param(["--start", "2025-09-23", "--end", "2025-10-01"], {}, "too far back.*since 2025-09-24", id="over 13 months back"),
-        pytest.param(["--start", "2026-08-01", "--end", "2026-09-02"], {}, "more than the 32 days", id="33 days"),
-        pytest.param(["--period", "2026-13"], {}, "--period is '2026-13'.*month like 2026-03", id="month 13"),
-        pytest.param(["--period", "last-year"], {}, "It takes yesterday, last-7-days", id="unknown period"),
-        pytest.param(["--period", "2026-11"], {}, "no whole UTC day yet", id="period in the future"),
-        pytest.param(["--period", "2025-09"], {}, "too far back", id="period too far back"),
-        pytest.param(["--period", "yesterday", "--end", "2026-09-01"], {}, "--period goes without --start and --end", id="period with end"),
-        pytest.param([], {"CIRCLECI_BASE_URL": "http://circleci.com"}, "CIRCLECI_BASE_URL.*like https://circleci.com", id="http"),
-        pytest.param([], {"CIRCLECI_BASE_URL": "http://127.0.0.1.example.com"}, "CIRCLECI_BASE_URL", id="http to a name like loopback"),
-        pytest.param([], {"CIRCLECI_BASE_URL": "http://localhost@example.com"}, "CIRCLECI_BASE_URL", id="http with a user"),
-        pytest.param([], {"CIRCLECI_BASE_URL": "https://circleci.com/api/v2"}, "nothing behind it", id="URL with a path"),
-        pytest.param([], {"CIRCLECI_BASE_URL": "circleci.com"}, "CIRCLECI_BASE_URL", id="URL without scheme"),
-        pytest.param([], {"CIRCLECI_BASE_URL": "https://a..b"}, "CIRCLECI_BASE_URL", id="URL that names no host"),
-        pytest.param(["--job-id", PRIMARY, "--start", "2026-02-31"], {}, "no date like", id="a wrong flag beside --job-id"),
-        pytest.param(["--job-id", PRIMARY, "--period", "x"], {}, "--period is 'x'", id="a wrong period beside --job-id"),
-        pytest.param(["--output-dir", os.devnull], {}, "output folder .* cannot be written.*like --output-dir", id="output is no folder"),
-        pytest.param(["--output-dir", f"{os.devnull}/x"], {}, "cannot be written", id="output inside no folder"),
-        pytest.param([FILE, "missing.env"], {}, "missing.env cannot be read.*No such file", id="env file that is missing"),
-        pytest.param([FILE, "."], {}, "cannot be read", id="env file that is a folder"),
+        pytest.param([], {"PRIMARY_ORG_ID": TOKEN}, id="PRIMARY_ORG_ID"),
+        pytest.param([], {"SHARED_ORG_IDS": f"{PRIMARY},{TOKEN}"}, id="SHARED_ORG_IDS"),
+        pytest.param([], {"CIRCLECI_BASE_URL": f"https://{TOKEN}@circleci.com"}, id="the URL"),
+        pytest.param([], {"START_DATE": TOKEN}, id="START_DATE"),
+        pytest.param(["--period", TOKEN], {}, id="--period"),
+        pytest.param(["--job-id", TOKEN], {}, id="--job-id"),
+        pytest.param([f"--token={TOKEN}"], {}, id="a flag that does not exist"),
     ],
-)  # fmt: skip
-def test_refused_before_any_request(fake, run, arguments, variables, said):
+)
+def test_a_token_in_the_wrong_place_is_not_shown(run, arguments, variables):
     result = run(*arguments, **variables)
-    assert result.code == 2
-    assert re.search(said, result.err, re.DOTALL), result.err
-    assert result.out == "" and fake.seen == [] and "Traceback" not in result.err
-
-
-@pytest.mark.parametrize("name", ["PRIMARY_ORG_ID", "SHARED_ORG_IDS", "CIRCLECI_BASE_URL"])
-def test_a_token_in_the_wrong_place_is_not_shown(run, name):
-    value = f"https://{TOKEN}@circleci.com" if "URL" in name else TOKEN
-    result = run(**{name: value})
     assert result.code == 2 and TOKEN.lower() not in result.err.lower()
 
 
-def test_an_env_file_that_is_no_text(fake, run, tmp_path):
+def test_an_env_file_in_another_encoding(fake, run, tmp_path):
     (tmp_path / "utf16").write_text("CIRCLE_TOKEN=x", encoding="utf-16")
-    result = run(FILE, str(tmp_path / "utf16"))
+    result = run("--env-file", str(tmp_path / "utf16"))
     assert result.code == 2 and "save it as UTF-8" in result.err and fake.seen == []
 
 
-@pytest.mark.parametrize("arguments", [["--sart", "2026-01-01"], ["--quiet", "--verbose"], ["extra"]])
-def test_unknown_arguments_are_refused(fake, run, arguments):
-    result = run(*arguments)
-    assert result.code == 2 and "usage:" in result.err and fake.seen == []
-
-
-def test_a_long_window_is_answered_with_commands_that_cover_it(fake, run):
-    result = run("--start", "2026-06-10T06:00:00Z", "--end", "2026-09-15")
-    assert result.code == 2
-    commands = [line.partition("python usage_report.py ")[2] for line in result.err.splitlines()[1:]]
-    assert commands == [
-        "--start 2026-06-10T06:00:00Z --end 2026-06-30T23:59:59Z",
-        "--period 2026-07",
-        "--period 2026-08",
-        "--start 2026-09-01T00:00:00Z --end 2026-09-15T23:59:59Z",
-    ]
-    for command in commands:
-        assert run("--dry-run", *command.split()).code == 0
-
-
 @pytest.mark.parametrize(
-    "start, end",
-    [("2026-06-01", "2026-08-01T00:00:00Z"), ("2026-05-31T23:59:59Z", "2026-07-31"), ("2025-12-31", "2026-03-01")],
+    "arguments, message",
+    [
+        pytest.param(["last-month"], "Did you mean --period last-month?", id="a period"),
+        pytest.param(["2026-09"], "Did you mean --period 2026-09?", id="a month"),
+        pytest.param(["--last-7-days"], "Did you mean --period last-7-days?", id="as a flag"),
+        pytest.param(["--sart", "2026-01-01"], "Did you mean --start?", id="a typing error"),
+        pytest.param(["--output", "x"], "Did you mean --output-dir?", id="an abbreviation"),
+        pytest.param(["extra"], "unknown argument extra. Did you mean --help?", id="anything else"),
+        pytest.param(["--quiet", "--verbose"], "not allowed with", id="quiet and verbose"),
+        pytest.param(["--start"], "--start: expected one argument", id="a flag without its value"),
+    ],
 )
-def test_no_command_for_a_long_window_is_refused(fake, run, start, end):
-    lines = run("--start", start, "--end", end).err.splitlines()[1:]
-    assert lines
-    for line in lines:
-        assert run("--dry-run", *line.partition("usage_report.py ")[2].split()).code == 0, line
+def test_unknown_arguments(fake, run, arguments, message):
+    result = run(*arguments)
+    assert result.code == 2 and message in result.last_line and fake.seen == []
 
 
-def window(fake, run, *arguments, **variables):
-    result = run(*arguments, **variables)
+# --- The window ---
+
+
+def requested(run, *arguments, **variables) -> str:
+    """Start and end that a run with these settings would request."""
+    return in_request(run("--dry-run", *arguments, **variables))
+
+
+def in_request(result: Result) -> str:
+    """Start and end in what a dry run shows."""
     assert result.code == 0, result.err
-    body = json.loads(fake.requests("POST")[-1].body)
-    return f"{body['start']} {body['end']}"
+    first, last = (re.search(rf'"{key}": "(.*)"', result.err)[1] for key in ("start", "end"))
+    return f"{first} {last}"
 
 
 @pytest.mark.parametrize(
-    "now, period, expected",
+    "today, period, expected",
     [
         ("2026-10-24", "yesterday", "2026-10-23T00:00:00Z 2026-10-23T23:59:59Z"),
         ("2026-10-24", "last-7-days", "2026-10-17T00:00:00Z 2026-10-23T23:59:59Z"),
         ("2026-10-24", "this-month", "2026-10-01T00:00:00Z 2026-10-23T23:59:59Z"),
         ("2026-10-02", "this-month", "2026-10-01T00:00:00Z 2026-10-01T23:59:59Z"),
-        ("2026-10-24", "last-month", "2026-09-01T00:00:00Z 2026-09-30T23:59:59Z"),
+        ("2026-10-24", "last-month", SEPTEMBER),
         ("2026-03-31", "last-month", "2026-02-01T00:00:00Z 2026-02-28T23:59:59Z"),
         ("2026-01-01", "last-month", "2025-12-01T00:00:00Z 2025-12-31T23:59:59Z"),
         ("2024-03-01", "yesterday", "2024-02-29T00:00:00Z 2024-02-29T23:59:59Z"),
@@ -130,51 +253,165 @@ def window(fake, run, *arguments, **variables):
         ("2026-10-24", "2025-12", "2025-12-01T00:00:00Z 2025-12-31T23:59:59Z"),
     ],
 )
-def test_periods_are_whole_utc_days_until_yesterday(fake, run, clock, now, period, expected):
-    clock.now = usage_report.parse_moment("", now, "T23:59:00Z").timestamp()
-    assert window(fake, run, "--period", period) == expected  # and START_DATE, END_DATE are overridden
+def test_a_period_is_whole_utc_days_until_yesterday(fake, run, clock, today, period, expected):
+    """And it overrides START_DATE and END_DATE, which the fixture sets."""
+    clock.now = at(f"{today}T23:59:00Z")
+    assert requested(run, "--period", period) == expected
 
 
-def test_the_first_of_a_month_has_no_this_month(fake, run, clock):
-    clock.now = usage_report.parse_moment("", "2026-10-01", "T08:00:00Z").timestamp()
+def test_there_is_no_this_month_on_its_first_day(fake, run, clock):
+    clock.now = at("2026-10-01T08:00:00Z")
     result = run("--period", "this-month")
-    assert result.code == 2 and "no whole UTC day yet. Try --period last-month" in result.err
+    assert result.code == 2 and "has no complete day yet. Use last-month" in result.err
 
 
 @pytest.mark.parametrize(
-    "start, end, expected",
+    "first, last, expected",
     [
-        ("2026-09-05", "2026-09-05", "2026-09-05T00:00:00Z 2026-09-05T23:59:59Z"),
-        ("2026-09-05T01:02:03Z", "2026-09-05T01:02:04Z", "2026-09-05T01:02:03Z 2026-09-05T01:02:04Z"),
-        ("2026-08-01", "2026-09-01", "2026-08-01T00:00:00Z 2026-09-01T23:59:59Z"),
-        ("2025-09-24", "2025-09-30", "2025-09-24T00:00:00Z 2025-09-30T23:59:59Z"),
+        pytest.param(
+            "2026-09-05", "2026-09-05", "2026-09-05T00:00:00Z 2026-09-05T23:59:59Z", id="a day"
+        ),
+        pytest.param(
+            "2026-09-05T01:02:03Z",
+            "2026-09-05T01:02:04Z",
+            "2026-09-05T01:02:03Z 2026-09-05T01:02:04Z",
+            id="a second",
+        ),
+        pytest.param(
+            "2026-08-01", "2026-09-01", "2026-08-01T00:00:00Z 2026-09-01T23:59:59Z", id="32 days"
+        ),
+        pytest.param(
+            "2025-09-24",
+            "2025-09-30",
+            "2025-09-24T00:00:00Z 2025-09-30T23:59:59Z",
+            id="13 months ago",
+        ),
     ],
-    ids=["a plain day", "moments", "32 days", "13 months back"],
 )
-def test_windows(fake, run, start, end, expected):
-    assert window(fake, run, "--start", start, "--end", end) == expected
+def test_windows(fake, run, first, last, expected):
+    assert requested(run, *window(first, last)) == expected
 
 
-def test_an_end_in_the_future_is_cut_to_now_with_a_notice(fake, run):
-    assert window(fake, run, "--start", "2026-10-01", "--end", "2030-01-01") == "2026-10-01T00:00:00Z 2026-10-24T12:00:00Z"
-    result = run("--start", "2026-10-02", "--end", "2030-01-01")
-    assert "2030-01-01 is in the future: the window ends now, 2026-10-24T12:" in result.err
+@pytest.mark.parametrize(
+    "arguments, variables, notice",
+    [
+        pytest.param(
+            window("2026-10-01", "2030-01-01"), {}, "--end 2030-01-01 is in the", id="flag"
+        ),
+        pytest.param(
+            start("2026-10-01"),
+            {"END_DATE": "2026-10-24"},
+            "END_DATE 2026-10-24 is in the",
+            id="variable, today",
+        ),
+        pytest.param(
+            window("2026-10-01", "2026-10-24T12:00:01Z"),
+            {},
+            "--end 2026-10-24T12:00:01Z is in the",
+            id="a second from now",
+        ),
+    ],
+)
+def test_an_end_in_the_future_is_cut_to_one_minute_ago(fake, run, arguments, variables, notice):
+    expected = "2026-10-01T00:00:00Z 2026-10-24T11:59:00Z"
+    result = run("--dry-run", *arguments, **variables)
+    assert in_request(result) == expected
+    assert f"notice: {notice} future. Using 2026-10-24T11:59:00Z." in result.err
 
 
-def test_order_is_flag_then_environment_then_env_file(fake, run, tmp_path):
-    file = "\ufeffCIRCLE_TOKEN = '%s'\nPRIMARY_ORG_ID=%s\nSTART_DATE=2026-09-01\nEND_DATE=2026-09-02\n"
-    (tmp_path / ".env").write_text(file % (TOKEN, PRIMARY.upper()), encoding="utf-8")  # beside the script, with a BOM
+def test_an_end_that_is_now_is_not_cut(fake, run):
+    end = "2026-10-24T12:00:00Z"
+    assert requested(run, *window("2026-10-01", end)) == f"2026-10-01T00:00:00Z {end}"
+
+
+@pytest.mark.parametrize(
+    "now, arguments, days",
+    [
+        pytest.param(
+            "2026-10-24T12:00:00Z",
+            window("2026-10-01", "2026-10-23"),
+            "",
+            id="through yesterday, at noon",
+        ),
+        pytest.param(
+            "2026-10-24T03:00:00Z",
+            window("2026-10-01", "2026-10-23"),
+            "2026-10-23",
+            id="through yesterday, at night",
+        ),
+        pytest.param(
+            "2026-10-24T03:00:00Z",
+            ["--period", "yesterday"],
+            "2026-10-23",
+            id="yesterday, at night",
+        ),
+        pytest.param(
+            "2026-10-24T12:00:00Z",
+            window("2026-10-01", "2026-10-24"),
+            "2026-10-24",
+            id="through today",
+        ),
+        pytest.param(
+            "2026-10-24T03:00:00Z",
+            window("2026-10-01", "2026-10-24"),
+            "2026-10-23 to 2026-10-24",
+            id="through today, at night",
+        ),
+        pytest.param(
+            "2026-10-24T03:00:00Z",
+            window("2026-10-24", "2026-10-24"),
+            "2026-10-24",
+            id="today alone, at night",
+        ),
+    ],
+)
+def test_a_notice_names_days_that_circleci_may_not_have_completed(run, clock, now, arguments, days):
+    clock.now = at(now)
+    result = run("--dry-run", *arguments)
+    notice = re.search("notice: CircleCI may not have complete usage for (.*) yet[.]", result.err)
+    assert (notice[1] if notice else "") == days and result.code == 0
+
+
+# --- Where settings come from ---
+
+
+def test_a_flag_overrides_the_environment_which_overrides_the_env_file(fake, run, tmp_path):
+    """The file next to the script has a BOM, blanks, quotes, and capitals in a UUID."""
+    file = (
+        "\ufeffCIRCLE_TOKEN = '%s'\nPRIMARY_ORG_ID=%s\nSTART_DATE=2026-09-01\nEND_DATE=2026-09-02\n"
+    )
+    (tmp_path / ".env").write_text(file % (TOKEN, PRIMARY.upper()), encoding="utf-8")
     unset = {"CIRCLE_TOKEN": "", "PRIMARY_ORG_ID": None, "START_DATE": " ", "END_DATE": None}
-    assert window(fake, run, **unset) == "2026-09-01T00:00:00Z 2026-09-02T23:59:59Z"
+    start = "2026-09-01T00:00:00Z"
+    assert requested(run, **unset) == f"{start} 2026-09-02T23:59:59Z"
     unset["END_DATE"] = " 2026-09-03 "
-    assert window(fake, run, **unset) == "2026-09-01T00:00:00Z 2026-09-03T23:59:59Z"
-    assert window(fake, run, "--end", "2026-09-04", **unset) == "2026-09-01T00:00:00Z 2026-09-04T23:59:59Z"
+    assert requested(run, **unset) == f"{start} 2026-09-03T23:59:59Z"
+    assert requested(run, "--end", "2026-09-04", **unset) == f"{start} 2026-09-04T23:59:59Z"
+
+
+def test_env_file_names_another_file(fake, run, tmp_path):
+    (tmp_path / ".env").write_text("END_DATE=2026-09-02\nSTART_DATE=2026-09-01")
     (tmp_path / "other").write_text("END_DATE=2026-09-05\nSTART_DATE=2026-09-04")
-    given = {"START_DATE": None, "END_DATE": None}
-    assert window(fake, run, FILE, str(tmp_path / "other"), **given) == "2026-09-04T00:00:00Z 2026-09-05T23:59:59Z"
+    flags = ["--env-file", str(tmp_path / "other")]
+    found = requested(run, *flags, START_DATE=None, END_DATE=None)
+    assert found == "2026-09-04T00:00:00Z 2026-09-05T23:59:59Z"
 
 
-def test_a_dollar_in_the_env_file_stands_for_itself(fake, run, tmp_path):
+def test_a_message_names_the_variable_of_the_env_file(run, tmp_path):
+    (tmp_path / ".env").write_text("END_DATE=soon")
+    assert "END_DATE soon is not a valid date" in run(END_DATE=None).err
+
+
+@pytest.mark.parametrize("in_file", [False, True], ids=["from the environment", "from .env"])
+def test_a_401_says_where_the_token_comes_from(fake, run, tmp_path, in_file):
+    (tmp_path / ".env").write_text("CIRCLE_TOKEN=wrong")
+    result = run(CIRCLE_TOKEN=None if in_file else "wrong")
+    source = str(tmp_path / ".env") if in_file else "the environment"
+    assert result.code == 1
+    assert f"CIRCLE_TOKEN in {source} is invalid or expired" in result.last_line
+
+
+def test_a_dollar_in_the_env_file_is_a_dollar(fake, run, tmp_path):
     fake.token = "abc${HOME}$x"
     (tmp_path / ".env").write_text(f"CIRCLE_TOKEN={fake.token}\n")
     assert run("--dry-run", CIRCLE_TOKEN=None).code == 0
@@ -195,21 +432,63 @@ def test_a_broken_line_in_the_env_file_is_named_by_number(run, tmp_path):
     assert "line 1" in result.err and "secret" not in result.err and result.code == 2
 
 
-def test_without_primary_the_organizations_to_choose_from_are_listed(fake, run):
-    result = run(PRIMARY_ORG_ID=None, START_DATE=None)
-    assert result.code == 2 and "PRIMARY_ORG_ID is not set" in result.err
-    for id, name in ORGANIZATIONS.items():
-        assert re.search(rf"{name} +gh/{name} +{id}", result.err)
-    assert [one.path for one in fake.seen] == ["/api/v2/me/collaborations"]
+def test_a_base_url_may_have_capitals_and_end_in_a_slash(fake, run):
+    assert run("--dry-run", CIRCLECI_BASE_URL=fake.url.upper() + "/").code == 0
+    assert usage_report.check_base_url("HTTPS://CircleCI.com/") == "https://circleci.com"
+
+
+# --- The question for PRIMARY_ORG_ID ---
+
+
+@pytest.mark.parametrize("flags", [[], ["--quiet"]], ids=["", "quiet"])
+def test_without_primary_org_id_the_choices_are_listed_below_a_question(fake, run, flags):
+    """Organizations without an ID are left out: the fake lists one, named Old."""
+    result = run(*flags, PRIMARY_ORG_ID=None, START_DATE=None)
+    assert result.code == 2 and result.out == ""
+    question, titles, *rows = (line.split(" ", 1)[1] for line in result.err.splitlines())
+    assert question.startswith("Which organization owns the plan? Set PRIMARY_ORG_ID to its ID")
+    assert titles.split() == ["NAME", "SLUG", "ID"]
+    expected = [f"{name} gh/{name} {id}" for id, name in ORGANIZATIONS.items()]
+    assert [" ".join(row.split()) for row in rows] == expected
+    assert [seen.path for seen in fake.seen] == ["/api/v2/me/collaborations"]
+
+
+def test_a_single_choice_for_primary_org_id(fake, run):
+    fake.organizations = {PRIMARY: "Acme"}
+    result = run(PRIMARY_ORG_ID=None)
+    assert result.code == 2 and PRIMARY in result.last_line
+    assert "There is one organization. Set PRIMARY_ORG_ID to its ID" in result.err
+
+
+@pytest.mark.parametrize(
+    "answer, code, message",
+    [
+        pytest.param(in_json([]), 1, "has no organization", id="none"),
+        pytest.param(in_json([{"id": None, "name": "x"}]), 1, "has no organization", id="no ID"),
+        pytest.param(in_json([{"id": 7}]), 1, "has no organization", id="a number as ID"),
+        pytest.param(in_json({"items": []}), 1, "did not return a list", id="an object"),
+        pytest.param(in_json([1]), 1, "did not return a list", id="a list of numbers"),
+        pytest.param(problem(401, "No."), 1, "failed with 401: No. CIRCLE_TOKEN", id="401"),
+        pytest.param(problem(429, "Slow.", **{"Retry-After": "7"}), 2, "Retrying in 7 s", id="429"),
+    ],
+)
+def test_no_choices_for_primary_org_id(fake, run, answer, code, message):
+    fake.plan("collaborations", answer)
+    result = run(PRIMARY_ORG_ID=None)
+    assert result.code == code and message in result.err and "Traceback" not in result.err
+
+
+# --- Help ---
 
 
 def test_help_names_every_variable_and_flag(run):
     result = run("--help")
     assert result.code == 0
-    names = "CIRCLE_TOKEN PRIMARY_ORG_ID START_DATE END_DATE SHARED_ORG_IDS CIRCLECI_BASE_URL --start --end --period --output-dir"
-    for name in [*names.split(), "--env-file", "--job-id", "--dry-run", "--quiet", "--verbose", "--version"]:
-        assert name in result.out
-    assert max(map(len, result.out.splitlines())) < 120
+    flags = "--start --end --period --output-dir --env-file --plain --job-id --dry-run --quiet "
+    flags += "--verbose --version -q -v -h"
+    for name in [*usage_report.VARIABLES, *flags.split()]:
+        assert re.search(rf"(?<![\w-]){name}\b", result.out), name
+    assert max(map(len, result.out.splitlines())) <= 80
 
 
 def test_version(run):

@@ -1,4 +1,4 @@
-"""Stands in for time in a child process: with this folder on PYTHONPATH, time runs FAST_TIME times as fast."""
+"""Simulated time for child processes: with this folder on PYTHONPATH, time runs faster."""
 
 import os
 import time
