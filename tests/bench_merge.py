@@ -1,10 +1,13 @@
-"""The whole run against a shell pipeline on the same files: time, memory, and a slow store.
+"""A whole run against a shell pipeline on the same files: time, memory, and disk.
 
     python tests/bench_merge.py
 
-The run is the real script, from its start to the report with its summary. The pipeline is
-`curl | gunzip > out; curl | gunzip | tail -n +2 >> out; ...`. Both fetch from one store on loopback and
-alternate; times are medians of 5. Needs Linux, curl, gunzip and tail, and about 2 GB of disk.
+The run is the real script, from its start to the printed path ("published") and to its end with
+the summary. The pipeline is `curl | gunzip > out; curl | gunzip | tail -n +2 >> out; ...`. Both
+fetch from one store on loopback and alternate; times are medians of 3, and ratios are to the
+pipeline. Disk is the peak size of the output folder, next to what is needed: the report and the
+compressed parts. The rows resemble a real export (600 bytes, compressed to a fifth). Takes a minute
+and a half on 2 cores, and needs Linux, curl, gunzip, tail, and 1 GB of disk.
 """
 
 from __future__ import annotations
@@ -12,77 +15,155 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import gzip
+import os
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from clocks import FastTime
-from fake_circleci import HEADER, ORGANIZATIONS, Answer, FakeCircleCI, Job, make_rows
+from fake_circleci import HEADERS, ORGANIZATIONS, Answer, FakeCircleCI, Job, make_rows
 
-ROUNDS = 5
-
-
-def megabytes_of_rows(size: int) -> bytes:
-    rows = b"".join(row for one, name in ORGANIZATIONS.items() for row in make_rows(8000, one, name))
-    return HEADER + rows * (size * 1_000_000 // len(rows)) + rows[: rows.index(b"\n", size * 1_000_000 % len(rows)) + 1]
+ROUNDS = 3
+MB = 1_000_000
 
 
-def run(fake: FakeCircleCI, folder: Path) -> tuple[float, int, Path]:
-    """Seconds, peak memory in bytes, and the report of one run of the script. Its waits are shortened."""
+@dataclass
+class Measured:
+    """Seconds and bytes of one run."""
+
+    published: float
+    ended: float
+    memory: int
+    disk: int
+    report: Path
+
+
+@lru_cache
+def some_rows(dialect: str) -> bytes:
+    return b"".join(
+        row
+        for organization_id, name in ORGANIZATIONS.items()
+        for row in make_rows(8000, organization_id, name, dialect=dialect)
+    )
+
+
+def make_part(size: int, dialect: str) -> bytes:
+    """A part of about this many bytes, not compressed."""
+    rows = some_rows(dialect)
+    rows *= size // len(rows) + 1
+    return HEADERS[dialect] + rows[: rows.index(b"\n", size) + 1]
+
+
+def disk_usage(folder: Path) -> int:
+    """Bytes of all files. A file that has two names counts once."""
+    sizes = {}
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found = os.stat(os.path.join(path, name))
+                sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
+
+
+def run(fake: FakeCircleCI, folder: Path, *flags: str) -> Measured:
+    """One run of the script, without the waits of a real export."""
     fast = FastTime(5000)
-    fake.clock, began, peak = fast.time, time.perf_counter(), 0
-    child = fast.start(fake, "--output-dir", folder)
+    fake.clock, started, memory, disk = fast.time, time.perf_counter(), 0, 0
+    child = fast.start(fake, "--output-dir", folder, *flags)
+    assert child.stdout and child.stderr
+    path: list[tuple[float, str]] = []
+    err: list[str] = []
+    readers = [
+        threading.Thread(
+            target=lambda: path.extend((time.perf_counter(), line) for line in child.stdout)
+        ),
+        threading.Thread(target=lambda: err.append(child.stderr.read())),
+    ]
+    for reader in readers:
+        reader.start()
     while child.poll() is None:
-        with contextlib.suppress(OSError, IndexError, ValueError):  # it may just have ended
-            peak = int(Path(f"/proc/{child.pid}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-        time.sleep(0.005)
-    took = time.perf_counter() - began
-    out, err = child.communicate()
-    assert child.returncode == 0 and "100.0%" in err, err
-    return took, peak, Path(out.strip())
+        with contextlib.suppress(OSError, IndexError, ValueError):  # It may just have ended.
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            memory = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        disk = max(disk, disk_usage(folder))
+        time.sleep(0.01)
+    ended = time.perf_counter()
+    for reader in readers:
+        reader.join()
+    assert child.returncode == 0 and "Total" in err[0], err
+    ((published, line),) = path
+    return Measured(published - started, ended - started, memory, disk, Path(line.strip()))
 
 
 def pipeline(fake: FakeCircleCI, folder: Path, parts: int) -> tuple[float, Path]:
-    """Seconds, and the file that the pipeline made."""
+    """Seconds, and the file that the pipeline wrote."""
     fake.clock = time.time
     fake.jobs["pipeline"] = Job("", {}, 0, 0)
-    urls = [f"{fake.store_url}/pipeline/data_{n}.csv.gz?expires=9999999999&signature=x" for n in range(parts)]
-    out = folder / "pipeline.csv"
-    commands = [f"curl -s '{url}' | gunzip {'| tail -n +2 >>' if n else '>'} '{out}'" for n, url in enumerate(urls)]
-    began = time.perf_counter()
+    store, out = f"{fake.store_url}/pipeline", folder / "pipeline.csv"
+    commands = [
+        f"curl -s '{store}/data_{n}.csv.gz?expires=9999999999&signature=x' | gunzip "
+        f"{'| tail -n +2 >>' if n else '>'} '{out}'"
+        for n in range(parts)
+    ]
+    started = time.perf_counter()
     subprocess.run("; ".join(commands), shell=True, check=True)
-    return time.perf_counter() - began, out
+    return time.perf_counter() - started, out
 
 
-def compare(parts: int, size: int, rounds: int = ROUNDS, **slow: float) -> tuple[float, float, int]:
-    """Medians in seconds of the run and the pipeline, and the run's peak memory in bytes."""
-    body = gzip.compress(megabytes_of_rows(size), 6)
+def compare(
+    label: str,
+    dialect: str,
+    parts: int,
+    size: int,
+    rounds: int = ROUNDS,
+    flags: tuple[str, ...] = (),
+    **slow: float,
+) -> None:
+    """Print a line of the table. `size` is in bytes, of the whole report."""
+    body = gzip.compress(make_part(size // parts, dialect), 6)
     fake = FakeCircleCI()
     fake.job_seconds = 0
     fake.parts = [[Answer(body, **slow)] for _ in range(parts)]  # type: ignore[arg-type]
-    ours, theirs, peaks = [], [], []
+    runs, pipelines = [], []
     with tempfile.TemporaryDirectory() as name:
         for _ in range(rounds):
-            took, peak, report = run(fake, Path(name))
-            ours.append(took)
-            peaks.append(peak)
-            took, reference = pipeline(fake, Path(name), parts)
-            theirs.append(took)
-            assert filecmp.cmp(report, reference, shallow=False)
-            report.unlink()
+            measured = run(fake, Path(name), *flags)
+            seconds, reference = pipeline(fake, Path(name), parts)
+            assert flags or filecmp.cmp(measured.report, reference, shallow=False)
+            report_size = measured.report.stat().st_size
+            measured.report.unlink()
             reference.unlink()
+            runs.append(measured)
+            pipelines.append(seconds)
     fake.close()
-    return statistics.median(ours), statistics.median(theirs), max(peaks)
+    theirs = statistics.median(pipelines)
+    published = statistics.median(done.published for done in runs)
+    ended = statistics.median(done.ended for done in runs)
+    memory, disk = max(done.memory for done in runs), max(done.disk for done in runs)
+    needed = report_size + parts * len(body)
+    print(
+        f"{label:26} {theirs:6.2f} s {published:6.2f} s {published / theirs:5.2f} "
+        f"{ended:6.2f} s {ended / theirs:5.2f} {memory / MB:4.0f} MB "
+        f"{disk / MB:6.1f} of {needed / MB:5.1f} MB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
-    print("                              run   pipeline   ratio   peak memory")
-    for label, parts, size, options in (
-        ("4 parts,  40 MB", 4, 10, {}),
-        ("4 parts, 400 MB", 4, 100, {}),
-        ("6 parts, 600 kB/s each", 6, 6, {"rounds": 1, "bytes_a_write": 6000, "pause": 0.01}),
-    ):
-        ours, theirs, peak = compare(parts, size, **options)  # type: ignore[arg-type]
-        print(f"{label:24} {ours:6.2f} s {theirs:8.2f} s {ours / theirs:7.2f} {peak / 1e6:10.0f} MB")
+    print(
+        f"{'':26} {'pipeline':>8} {'published':>14} {'with summary':>14} {'memory':>7} {'disk':>18}"
+    )
+    compare("escaped, 4 parts,  40 MB", "escaped", 4, 40 * MB)
+    compare("quoted,  4 parts,  40 MB", "quoted", 4, 40 * MB)
+    compare("escaped, 4 parts, 400 MB", "escaped", 4, 400 * MB)
+    compare("quoted,  4 parts, 400 MB", "quoted", 4, 400 * MB)
+    compare("escaped, --plain,  40 MB", "escaped", 4, 40 * MB, flags=("--plain",))
+    compare("quoted,  --plain,  40 MB", "quoted", 4, 40 * MB, flags=("--plain",))
+    compare(
+        "slow store, 6 x 600 kB/s", "escaped", 6, 18 * MB, rounds=1, bytes_a_write=6000, pause=0.01
+    )

@@ -2,8 +2,8 @@
 
     python tests/bench_polling.py
 
-Runs the real script against the fake CircleCI in stood-in time, and prints a table: job length, time from
-its completion to the report (overshoot), and the GETs that the job took.
+Runs the real script against the fake CircleCI in simulated time, and prints a table: job length,
+time from its completion to the report (overshoot), and the number of GETs.
 """
 
 from __future__ import annotations
@@ -45,15 +45,19 @@ def measure(job_seconds: float) -> Row:
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, settings),
         mock.patch.multiple(time, time=clock.time, sleep=clock.sleep),
-        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())),
     ):
         period = ["--start", "2026-09-01", "--end", "2026-09-30"]
-        code = usage_report.main(["--env-file", os.devnull, "--quiet", "--output-dir", folder, *period])
+        code = usage_report.main(
+            ["--env-file", os.devnull, "--quiet", "--output-dir", folder, *period]
+        )
     fake.close()
     assert code == 0
     (job,) = fake.jobs.values()
-    gets = [one.at for one in fake.requests("GET")]
-    return Row(job_seconds, clock.now - job.created_at - job_seconds, len(gets), most_in_an_hour(gets))
+    gets = [seen.at for seen in fake.requests("GET")]
+    return Row(
+        job_seconds, clock.now - job.created_at - job_seconds, len(gets), most_in_an_hour(gets)
+    )
 
 
 def measure_all(count: int = 48) -> list[Row]:
@@ -66,8 +70,12 @@ if __name__ == "__main__":
     print("  job length   overshoot   share   GETs   most in an hour")
     for row in rows:
         share = row.overshoot / row.job_seconds
-        print(f"{row.job_seconds:10.0f} s {row.overshoot:9.0f} s {share:7.2f} {row.gets:6} {row.most_in_an_hour:9}")
+        most = row.most_in_an_hour
+        print(
+            f"{row.job_seconds:10.0f} s {row.overshoot:9.0f} s {share:7.2f} {row.gets:6} {most:9}"
+        )
     shares = [row.overshoot / row.job_seconds for row in rows]
     late = max(row.overshoot for row in rows if row.job_seconds > 3600)
-    print(f"overshoot as a share of the job's length: worst {max(shares):.2f}, mean {sum(shares) / len(shares):.2f}")
+    worst, mean = max(shares), sum(shares) / len(shares)
+    print(f"overshoot as a share of the job's length: worst {worst:.2f}, mean {mean:.2f}")
     print(f"overshoot of jobs over an hour: at most {late:.0f} s")
