@@ -89,9 +89,8 @@ MAX_WINDOW_DAYS = 32
 HISTORY_MONTHS = 13
 GETS_PER_HOUR = 10  # per organization; POSTs have the same limit
 QUERY_LIMIT = 4 * 3600  # seconds an export may take
-REFRESH_HOURS = (
-    6  # after midnight UTC; a guess. Refreshed "daily, through the previous day" (changelog)
-)
+# Usage is refreshed "daily, through the previous day" (CircleCI's changelog). The hour is a guess.
+REFRESH_HOURS = 6  # after midnight UTC
 UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 LINK = r"https?://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*"
 
@@ -143,6 +142,7 @@ class NothingToCollect(ReportError):
 # --- Console: everything people see on stderr ---
 
 log = logging.getLogger("usage_report")
+LOG_WIDTH = 1000  # columns, where there is no terminal
 SECRETS: set[str] = set()  # the token, once it is known
 LIVE, STEP = 15, 16  # log levels for a terminal's live line; elsewhere, STEP gets its own line
 TABLE = 21  # log level of a table, which begins with column titles
@@ -163,11 +163,11 @@ class Console(logging.Handler):
 
     @property
     def width(self) -> int:
-        """Columns of stderr's terminal (stdout may be captured); 1000 if it is not a terminal."""
+        """Columns of stderr's terminal (stdout may be captured); LOG_WIDTH if it is none."""
         with contextlib.suppress(OSError):
             if self.terminal:
                 return os.get_terminal_size(self.stream.fileno()).columns or 80
-        return 1000
+        return LOG_WIDTH
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.terminal or record.levelno != LIVE:
@@ -215,6 +215,10 @@ class Interruption:
         self.held = True
         try:
             yield
+        except Exception as error:
+            if self.received:  # What happened would be lost: the run ends here.
+                log.error("%s", error)
+            raise
         finally:
             self.held = False
             if self.received:
@@ -367,8 +371,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         similar = difflib.get_close_matches("--" + word, flags, n=1) or ["--help"]
         if word in PERIODS or re.fullmatch("[0-9]{4}-[0-9]{2}", word):
             similar = [f"--period {word}"]
-        word = clean(unknown[0].split("=")[0])  # without a value: it may be a token
-        parser.error(f"unknown argument {word}. Did you mean {similar[0]}?")
+        # Values are not shown: one may be a misplaced token.
+        flag = " " + clean(unknown[0].split("=")[0]) if unknown[0].startswith("-") else ""
+        parser.error(f"unknown argument{flag}. Did you mean {similar[0]}?")
     return args
 
 
@@ -394,7 +399,7 @@ def load_settings(args: argparse.Namespace, values: Mapping[str, Setting]) -> Se
 
 
 def read_variables(args: argparse.Namespace) -> dict[str, Setting]:
-    """The variables by name, not validated yet."""
+    """The variables by name, overridden by --start and --end, not validated yet."""
     env_file = Path(args.env_file or SCRIPT_FOLDER / ".env").absolute()
     in_file: Mapping[str, str | None] = {}
     if args.env_file or env_file.exists():
@@ -406,14 +411,15 @@ def read_variables(args: argparse.Namespace) -> dict[str, Setting]:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8; save it as UTF-8"
             hint = "Copy .env.example to .env, or correct --env-file."
             raise invalid(f"Cannot read {env_file}: {reason}. {hint}") from None
-    flags = {"START_DATE": ("--start", args.start), "END_DATE": ("--end", args.end)}
     found = {}
     for name in VARIABLES:
-        flag, value = flags.get(name, ("", ""))
-        from_environment = (os.environ.get(name) or "").strip()
+        from_environment = os.environ.get(name, "").strip()
         source = "the environment" if from_environment else str(env_file)
-        value = value or from_environment or (in_file.get(name) or "").strip()
-        found[name] = Setting(value, flag if flag and flags[name][1] else name, source)
+        found[name] = Setting(from_environment or (in_file.get(name) or "").strip(), name, source)
+    if args.start:
+        found["START_DATE"] = Setting(args.start, "--start")
+    if args.end:
+        found["END_DATE"] = Setting(args.end, "--end")
     return found
 
 
@@ -490,24 +496,22 @@ def choose_window(period: str, start: Setting, end: Setting) -> Window:
             raise invalid(f"{text} Use --period, or --start and --end.")
         start, end = (Setting(str(day), "--period") for day in period_days(period, now.date()))
     first, wanted_end = parse_time(start, "T00:00:00Z", days), parse_time(end, "T23:59:59Z", days)
-    last = min(wanted_end, now - timedelta(minutes=1)) if wanted_end > now else wanted_end
+    last = now - timedelta(minutes=1) if wanted_end > now else wanted_end
     oldest = months_back(now.date(), HISTORY_MONTHS)
-    given = f"{start.name} {start.value}"
+    given = f"--period {period}" if period else f"{start.name} {start.value}"
     both, example = f"{given} to {end.name} {end.value}", "{} to {}".format(*days)
-    problem = ""
     if first >= wanted_end:
-        problem = f"{both}: the start must be before the end, such as {example}."
-    elif first >= last:
-        problem = f"{given} is in the future. Use {days[1]} or earlier."
-    elif first.date() < oldest:
-        given = f"--period {period}" if period else given
+        raise invalid(f"{both}: the start must be before the end, such as {example}.")
+    if first >= last:
+        raise invalid(f"{given} is in the future. Use {days[1]} or earlier.")
+    if first.date() < oldest:
         choice = f"{months_back(oldest, -1):%Y-%m}" if period else oldest
         limit = f"CircleCI keeps {HISTORY_MONTHS} months of usage"
-        problem = f"{given} is too old: {limit}. Use {choice} or later."
-    elif last - first > timedelta(days=MAX_WINDOW_DAYS):
-        problem = f"{both}: an export covers at most {MAX_WINDOW_DAYS} days, such as {example}."
-    if problem:
-        raise invalid(problem)
+        raise invalid(f"{given} is too old: {limit}. Use {choice} or later.")
+    if last - first > timedelta(days=MAX_WINDOW_DAYS):
+        raise invalid(
+            f"{both}: an export covers at most {MAX_WINDOW_DAYS} days, such as {example}."
+        )
     if last < wanted_end:
         log.warning("%s %s is in the future. Using %s.", end.name, end.value, iso(last))
     return Window(first, last, wanted_end)
@@ -546,7 +550,11 @@ FAILURES = (
     ("too large", True, "the response is too large"),
     ("", True, "connection lost"),
 )
-RequestFailed = (OSError, urllib3.exceptions.HTTPError, concurrent.futures.TimeoutError)
+NETWORK_ERRORS = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    concurrent.futures.TimeoutError,
+)
 
 
 def in_time(call: Callable[[], T], seconds: float) -> T:
@@ -581,7 +589,8 @@ def rate_limit_seconds(headers: Mapping[str, str]) -> float:
     """How long to wait after a 429: Retry-After, else X-RateLimit-Reset (both from CircleCI's API
     developers' guide), else a tenth of an hour."""
     with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-        return urllib3.Retry().parse_retry_after(headers.get("Retry-After", "")[:40])
+        seconds = urllib3.Retry().parse_retry_after(headers.get("Retry-After", "")[:40])
+        return min(seconds, PATIENCE + 1)
     reset = headers.get("X-RateLimit-Reset", "")
     return float(reset) if re.fullmatch("[0-9]{1,5}", reset) else HOUR / GETS_PER_HOUR
 
@@ -660,7 +669,7 @@ class Api:
 
         try:
             response, content = in_time(exchange, ANSWER_SECONDS)
-        except RequestFailed as error:
+        except (OSError, *NETWORK_ERRORS) as error:  # OSError: a CA bundle that does not exist
             sent, reason = explain_failure(error)
             text = f"{what} failed: {reason}. Server: {self.base_url}."
             raise RetryableError(text, UNFINISHED, sent) from None
@@ -843,9 +852,9 @@ class Export:
 
     folder: Path
     job_id: str
-    end: str  # as requested; "" if not known
-    requested_at: float | None  # unix seconds; None if not known
-    polls: list[float]  # unix seconds of the organization's last GETs
+    end: str = ""  # as requested; "" if not known
+    requested_at: float | None = None  # unix seconds; None if not known
+    polls: list[float] = field(default_factory=list)  # unix seconds of the organization's last GETs
     completed: bool = False  # CircleCI has reported "completed".
     report: str = ""  # the report's name, recorded before it is published
     plain: bool = False  # whether that report is plain CSV
@@ -857,22 +866,22 @@ class Export:
 
     def published_report(self, plain: bool) -> Path | None:
         """The report, if an earlier run has published it."""
-        report, merged = self.folder.parent / self.report, self.folder / MERGED
-        if not self.report or self.plain != plain or not report.exists():
-            return None
-        return report if not merged.exists() or merged.samefile(report) else None
+        report = self.folder.parent / self.report
+        return report if self.report and self.plain == plain and report.exists() else None
+
+    def age(self, now: float) -> float | None:
+        """Seconds since the POST; None if not known."""
+        return now - self.requested_at if self.requested_at else None
 
 
 def load_export(folder: Path) -> Export | None:
     """The export of an earlier run. Its job ID is used even if nothing else is readable."""
     for name in (STATE, STATE + ".new"):  # the draft, if a run was killed just after the POST
-        try:
+        with contextlib.suppress(FileNotFoundError):
             text = (folder / name).read_text("utf-8", errors="replace")
-        except FileNotFoundError:
-            continue
-        found = re.search(rf'(?i)"job_id"\s*:\s*"({UUID})"', text)
-        if found:
-            return read_state(folder, found[1].lower(), text)
+            found = re.search(rf'(?i)"job_id"\s*:\s*"({UUID})"', text)
+            if found:
+                return read_state(folder, found[1].lower(), text)
     return None
 
 
@@ -883,12 +892,11 @@ def read_state(folder: Path, job_id: str, text: str) -> Export:
         export = Export(folder, **{**json.loads(text), "job_id": job_id})
         times = [*export.polls, export.requested_at or now]
         valid = all(type(at) in (int, float) and 0 < at < now + 86400 for at in times)  # no NaN
-        valid = valid and re.fullmatch("([0-9-]{10}T[0-9:]{8}Z)?", export.end) is not None
-        valid = valid and re.fullmatch(r"(all_orgs_[\w-]+\.csv)?", export.report) is not None
+        valid = valid and bool(re.fullmatch("([0-9-]{10}T[0-9:]{8}Z)?", export.end))
+        if not valid or not re.fullmatch(r"(all_orgs_[\w-]+\.csv)?", export.report):
+            raise ValueError
     except (TypeError, ValueError, RecursionError):
-        valid = False
-    if not valid:
-        return Export(folder, job_id, end="", requested_at=None, polls=[])
+        return Export(folder, job_id)
     # A clock that was set back in the meantime must not delay the next poll.
     export.polls = sorted(min(at, now) for at in export.polls)[-GETS_PER_HOUR:]
     export.requested_at = min(export.requested_at, now) if export.requested_at else None
@@ -899,9 +907,10 @@ def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
     """The export's hidden folder. With --job-id, the folder of the run that requested it."""
     if settings.job_id:
         for folder in settings.output.glob(".export-*"):
-            export = load_export(folder)
-            if export and export.job_id == settings.job_id:
-                return folder
+            with contextlib.suppress(OSError):
+                export = load_export(folder)
+                if export and export.job_id == settings.job_id:
+                    return folder
     key = [settings.base_url, settings.primary, settings.job_id]
     if settings.window:
         key += [iso(settings.window.start), iso(settings.window.wanted_end), *sorted(organizations)]
@@ -911,14 +920,8 @@ def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
 def resume_export(folder: Path, settings: Settings) -> Export | None:
     """The export of an earlier run, or of --job-id. None if a new one must be requested."""
     export, window = load_export(folder), settings.window
-    if not export and settings.job_id:
-        return Export(folder, settings.job_id, end="", requested_at=None, polls=[])
     if not export:
-        if (folder / STATE).exists():
-            log.warning(
-                "An earlier run stopped before it could record its export job. Requesting one."
-            )
-        return None
+        return Export(folder, settings.job_id) if settings.job_id else None
     if window and window.end == window.wanted_end and "" < export.end < iso(window.end):
         log.warning("The earlier export ends at %s. Requesting the whole window.", export.end)
         return None
@@ -959,6 +962,7 @@ def request_export(
         if not error.sent:
             raise
         log.warning("%s It may have started an export. Sending the request once more.", error)
+        Clock().sleep(RETRY_PAUSES[-1], lambda left: None)
     try:
         return retry(post, repeat_sent=False)
     except RetryableError as error:
@@ -993,8 +997,10 @@ def poll_job(api: Api, export: Export, clock: Clock) -> tuple[str, list[str], st
     """One GET: the job's state, download links, and reason. Raises what Api.request raises."""
     export.polls = [*export.polls, clock.now()][-GETS_PER_HOUR:]
     export.save()  # before the GET, which counts even if this run is killed before the response
-    answer = api.request("GET", f"{api.exports}/{export.job_id}")
-    export.polls[-1] = clock.now()  # the latest time CircleCI can have counted it
+    try:
+        answer = api.request("GET", f"{api.exports}/{export.job_id}")
+    finally:
+        export.polls[-1] = clock.now()  # the latest time CircleCI can have counted it
     try:
         state, links = answer["state"], answer.get("download_urls") or []
         valid = isinstance(state, str) and isinstance(links, list)
@@ -1013,7 +1019,7 @@ def wait_for_links(api: Api, export: Export) -> list[str]:
     than the query limit plus a margin, NothingToCollect, or what Api.request raises."""
     clock, state, failures, empty, not_before = Clock(), "requested", 0, 0, 0.0
     # Counted in planned seconds, so a clock that jumps does not use it up.
-    patience = max(PATIENCE - (clock.now() - (export.requested_at or clock.now())), HOUR)
+    patience = max(PATIENCE - (export.age(clock.now()) or 0), HOUR)
     links_only = export.completed
     while True:
         due = next_poll(export.requested_at, export.polls, clock.now())
@@ -1028,7 +1034,7 @@ def wait_for_links(api: Api, export: Export) -> list[str]:
         try:
             state, links, reason = poll_job(api, export, clock)
         except ReportError as error:
-            wait = getattr(error, "wait", None)
+            wait = error.wait if isinstance(error, RetryableError) else None
             failures += wait is None
             # A 404 may mean that the job is very new.
             retryable = isinstance(error, RetryableError) or error.status == 404
@@ -1040,7 +1046,7 @@ def wait_for_links(api: Api, export: Export) -> list[str]:
             )
             continue
         failures = 0
-        age = clock.now() - (export.requested_at or clock.now())
+        age = export.age(clock.now())
         log.log(STEP, "Export: %s%s", state, f" after {format_duration(age)}" if age else "")
         if links and state == "completed":
             return links
@@ -1061,9 +1067,10 @@ def check_state(state: str, reason: str, empty: int) -> None:
 
 def show_wait(export: Export, state: str, clock: Clock, left: float) -> None:
     used = sum(at > clock.now() - 3600 for at in export.polls)
-    age = f", {format_duration(clock.now() - export.requested_at)}" if export.requested_at else ""
+    age = export.age(clock.now())
+    after = f", {format_duration(age)}" if age else ""
     text = "Export: %s%s. Next check in %s (%d/%d used this hour)"
-    log.log(LIVE, text, state, age, format_duration(left), used, GETS_PER_HOUR)
+    log.log(LIVE, text, state, after, format_duration(left), used, GETS_PER_HOUR)
 
 
 # --- Downloading the parts, which stay compressed and are verified as they arrive ---
@@ -1098,12 +1105,18 @@ class Body(io.RawIOBase):
         return len(block)
 
 
+def part_stems(total: int, digest: str) -> list[str]:
+    return [f"part-{n:04}-of-{total:04}-{digest}" for n in range(1, total + 1)]
+
+
 def plan_parts(folder: Path, links: Sequence[str]) -> list[Part]:
     """The parts of an export. Their file names stay the same when the links are signed again."""
     paths = "\n".join(link.partition("?")[0] for link in links)
-    digest, total = hashlib.sha256(paths.encode()).hexdigest()[:12], len(links)
-    stems = (folder / f"part-{n:04}-of-{total:04}-{digest}" for n in range(1, total + 1))
-    return [Part(f"Part {n} of {total}", *pair) for n, pair in enumerate(zip(links, stems), 1)]
+    stems = part_stems(len(links), hashlib.sha256(paths.encode()).hexdigest()[:12])
+    return [
+        Part(f"Part {n} of {len(links)}", link, folder / stem)
+        for n, (link, stem) in enumerate(zip(links, stems), 1)
+    ]
 
 
 def downloaded_parts(folder: Path) -> dict[str, Path]:
@@ -1120,8 +1133,8 @@ def downloaded_parts(folder: Path) -> dict[str, Path]:
 def collect_parts(api: Api, export: Export) -> list[Path]:
     """The complete parts in order. Those from an earlier run are not downloaded again."""
     found = downloaded_parts(export.folder)
-    stems = [f"part-{n:04}-of-{len(found):04}" for n in range(1, len(found) + 1)]
-    if found and list(found) == [stem + next(iter(found))[17:] for stem in stems]:
+    digests = {stem.rpartition("-")[2] for stem in found}
+    if found and list(found) in [part_stems(len(found), digest) for digest in digests]:
         return list(found.values())
     for _ in range(3):
         parts = plan_parts(export.folder, wait_for_links(api, export))
@@ -1173,11 +1186,12 @@ def download_part(part: Part) -> None:
                 body = io.BufferedReader(Body(response, part, file), READ_BYTES)
                 verify_part(part, response, body)
             os.replace(part.stem, f"{part.stem}-{part.received}.csv.gz")
+            flush_folder(part.stem.parent)
         finally:
             WORKERS.submit(response.close)  # close() would wait for a stuck read.
     except (zlib.error, EOFError, gzip.BadGzipFile):
         raise RetryableError(f"{part.name} is damaged: invalid gzip data.", FAILED) from None
-    except (requests.RequestException, *RequestFailed[1:]) as error:
+    except NETWORK_ERRORS as error:
         text = f"{part.name} failed: {explain_failure(error)[1]}."
         raise RetryableError(text, UNFINISHED) from None
     log.debug("%s is complete: %s", part.name, format_size(part.received))
@@ -1240,30 +1254,29 @@ def unescape(cell: str) -> str:
     return "" if cell in (r"\N", r"\\N") else re.sub(r"(?s)\\(.)", r"\1", cell)
 
 
-def parse_row(row: str, plain: bool = False) -> list[str]:
-    """The cells of a row of an export, or of plain CSV; a missing value is an empty cell.
+def parse_row(row: str) -> list[str]:
+    """The cells of a row of an export; a missing value is an empty cell.
 
     If a cell begins with a quote, the row is quoted: "" is a quote, a backslash is a backslash,
     and \\N is missing. In other rows, \\x is x, and \\N or \\\\N is missing. (From real exports and
     from Snowflake's unloads, which they resemble.) Raises csv.Error."""
     row = row[:-1] if row.endswith("\n") else row
     row = row[:-1] if row.endswith("\r") else row
-    if plain or is_quoted(row):
-        cells = next(csv.reader([row], strict=True), [])
-        return cells if plain else ["" if cell == r"\N" else cell for cell in cells]
+    if is_quoted(row):
+        return ["" if cell == r"\N" else cell for cell in next(csv.reader([row], strict=True))]
     cells = ESCAPED_CELL.findall(row + ",") if r"\," in row else row.split(",")
     return [cell if "\\" not in cell else unescape(cell) for cell in cells]
 
 
-def read_rows(file: Any, first: bytes = b"", plain: bool = False) -> Iterator[list[str]]:
+def read_rows(file: Any, first: bytes = b"") -> Iterator[list[str]]:
     """The cells of each row of `first` and the rest of the file. A row ends with its line, unless a
     quote or an escape is open. Raises csv.Error."""
     text = io.TextIOWrapper(file, "utf-8", "replace", newline="\n")
     lines = chain([first.decode("utf-8", "replace")], iter(partial(text.readline, MAX_ROW), ""))
     row: list[str] = []
-    size, quotes, quoted = 0, 0, plain
+    size, quotes, quoted = 0, 0, False
     for line in lines:
-        quoted = quoted if row else plain or is_quoted(line)
+        quoted = quoted if row else is_quoted(line)
         row.append(line)
         size, quotes = size + len(line), quotes + line.count('"')
         if size >= MAX_ROW:
@@ -1273,7 +1286,7 @@ def read_rows(file: Any, first: bytes = b"", plain: bool = False) -> Iterator[li
         if (quotes if quoted else escapes) % 2:
             continue  # A quote or an escape is open.
         if len(row) > 1 or content:
-            yield parse_row("".join(row), plain)
+            yield parse_row("".join(row))
         row, size, quotes = [], 0, 0
     if size:
         raise csv.Error("the last row is incomplete")
@@ -1325,8 +1338,12 @@ def merge_part(rows: Any, number: int, header: bytes, report: BinaryIO, plain: b
     if plain:
         copy_plain(read_rows(rows, line), report, len(cells))
     else:
-        line_end = b"\r\n" if header.endswith(b"\r\n") else b"\n"
-        copy_bytes(chain([line], iter(partial(rows.read, BLOCK), b"")), report, line_end)
+        last = line or b"\n"
+        for block in chain([line], iter(partial(rows.read, BLOCK), b"")):
+            report.write(block)
+            last = block or last
+        if not last.endswith(b"\n"):
+            report.write(b"\r\n" if header.endswith(b"\r\n") else b"\n")
     return header
 
 
@@ -1344,14 +1361,6 @@ def check_first_row(line: bytes, cells: list[str], columns: list[str], number: i
         text = f"its first line has {len(cells)} cells, not {len(columns)}"
         raise ReportError(f"Part {number} does not match part 1: {text}.")
     return line
-
-
-def copy_bytes(blocks: Iterable[bytes], report: BinaryIO, line_end: bytes) -> None:
-    last = b"\n"
-    for block in blocks:
-        report.write(block)
-        last = block[-1:] or last
-    report.write(b"" if last == b"\n" else line_end)
 
 
 def copy_plain(rows: Iterable[list[str]], report: BinaryIO, columns: int) -> None:
@@ -1435,35 +1444,36 @@ def count_usage(report: Path, plain: bool) -> Usage:
     """Raises ValueError or csv.Error if the usage cannot be counted exactly."""
     with open(report, "rb") as file:
         first = file.readline(MAX_ROW)
-        columns = parse_row(first.decode("utf-8-sig", "replace"), plain)
+        columns = parse_row(first.decode("utf-8-sig", "replace"))
         missing = [name for name in COUNTED if name not in columns]
         if missing:
             raise ValueError(f"the report has no column {', '.join(missing)}")
-        if columns[:5] == QUICK_COLUMNS and columns[-1] == COUNTED[-1]:
+        if not plain and columns[:5] == QUICK_COLUMNS and columns[-1] == COUNTED[-1]:
             with contextlib.suppress(ValueError):
-                return count_quickly(file, len(columns), plain)
+                return count_quickly(file, len(columns))
         file.seek(len(first))
+        text = io.TextIOWrapper(file, "utf-8", newline="")
         usage, indexes = Usage(), [columns.index(name) for name in COUNTED]
-        for row in read_rows(file, plain=plain):
+        for row in csv.reader(text, strict=True) if plain else read_rows(file):
             if len(row) != len(columns):
                 raise ValueError("a row does not fit the header")
             usage.add([row[index] for index in indexes])
         return usage
 
 
-def count_quickly(file: BinaryIO, columns: int, plain: bool) -> Usage:
+def count_quickly(file: BinaryIO, columns: int) -> Usage:
     """Raises ValueError unless the number of separators and quotes shows that each line is a row,
     and that no cell contains a separator or a quote."""
     usage = Usage()
-    parse = lru_cache(1 << 16)(lambda raw: parse_row(raw.decode("utf-8", "replace"), plain))
+    parse = lru_cache(1 << 16)(lambda raw: parse_row(raw.decode("utf-8", "replace")))
     for block in iter(lambda: file.read(BLOCK) + file.readline(MAX_ROW), b""):
         quoted = block.startswith(b'"')
         rows = (QUICK_QUOTED if quoted else QUICK_BARE).findall(block)
-        escaped = block.count(b"\\,")
-        separators = block.count(b'","') if quoted else block.count(b",") - escaped
+        commas = block.count(b",") - block.count(b"\\,")
+        separators = block.count(b'","') if quoted else commas
         quotes = 2 * columns * len(rows) if quoted else 0
         found = (block.count(b"\n"), separators, block.count(b'"'))
-        if found != (len(rows), (columns - 1) * len(rows), quotes) or (plain and escaped):
+        if found != (len(rows), (columns - 1) * len(rows), quotes):
             raise ValueError
         for (cells, credits), times in Counter(rows).items():
             organization_id, organization, _, project_id, project = parse(cells)
@@ -1475,7 +1485,7 @@ def format_summary(usage: Usage, organizations: Mapping[str, str], width: int) -
     """A table of the organizations, and one of the projects with the most credits."""
     names = dict(usage.names)
     names.update({(key,): name for key, name in organizations.items() if name})
-    bar = 20 if 80 <= width < 1000 else 0
+    bar = 20 if 80 <= width < LOG_WIDTH else 0
 
     def figures(key: Key, bar: int = 0) -> list[str]:
         credits, total = usage.credits[key], usage.credits[()]

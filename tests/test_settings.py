@@ -213,7 +213,7 @@ def test_an_env_file_in_another_encoding(fake, run, tmp_path):
         pytest.param(["--last-7-days"], "Did you mean --period last-7-days?", id="as a flag"),
         pytest.param(["--sart", "2026-01-01"], "Did you mean --start?", id="a typing error"),
         pytest.param(["--output", "x"], "Did you mean --output-dir?", id="an abbreviation"),
-        pytest.param(["extra"], "unknown argument extra. Did you mean --help?", id="anything else"),
+        pytest.param(["extra"], "unknown argument. Did you mean --help?", id="anything else"),
         pytest.param(["--quiet", "--verbose"], "not allowed with", id="quiet and verbose"),
         pytest.param(["--start"], "--start: expected one argument", id="a flag without its value"),
     ],
