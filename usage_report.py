@@ -111,6 +111,7 @@ MAX_TEXT = 300  # characters shown of external text
 MAX_LISTED = 10  # organizations or projects
 
 FAILED, INVALID, NO_USAGE, UNFINISHED = 1, 2, 3, 75  # exit codes
+csv.field_size_limit(MAX_ROW)
 PLACEHOLDER = "your-personal-api-token"  # CIRCLE_TOKEN in .env.example
 SCRIPT_FOLDER = Path(__file__).resolve().parent
 
@@ -139,105 +140,9 @@ class NothingToCollect(ReportError):
     """The export failed, has no usage, or does not exist."""
 
 
-# --- Console: everything people see on stderr ---
+# --- Text for people ---
 
-log = logging.getLogger("usage_report")
-LOG_WIDTH = 1000  # columns, where there is no terminal
 SECRETS: set[str] = set()  # the token, once it is known
-LIVE, STEP = 15, 16  # log levels for a terminal's live line; elsewhere, STEP gets its own line
-TABLE = 21  # log level of a table, which begins with column titles
-STYLES = {LIVE: ("2", ""), STEP: ("2", ""), TABLE: ("1", "")}  # color code and prefix by level
-STYLES.update({logging.WARNING: ("", "notice: "), logging.ERROR: ("31", "error: ")})
-
-
-class Console(logging.Handler):
-    """Writes to stderr: on a terminal with color and a live line, elsewhere with UTC timestamps."""
-
-    def __init__(self, quiet: bool, verbose: bool) -> None:
-        super().__init__(logging.ERROR if quiet else logging.DEBUG if verbose else LIVE)
-        self.stream = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (2>&- leaves no stderr)
-        escapes = sys.platform != "win32" or "WT_SESSION" in os.environ  # Old consoles print them.
-        self.terminal = escapes and self.stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.color = self.terminal and not os.environ.get("NO_COLOR")
-        self.live = False  # A live line is on the screen.
-
-    @property
-    def width(self) -> int:
-        """Columns of stderr's terminal (stdout may be captured); LOG_WIDTH if it is none."""
-        with contextlib.suppress(OSError):
-            if self.terminal:
-                return os.get_terminal_size(self.stream.fileno()).columns or 80
-        return LOG_WIDTH
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.terminal or record.levelno != LIVE:
-            with contextlib.suppress(OSError, ValueError):  # A broken stderr is no reason to fail.
-                self.stream.write(self.render(record.levelno, record.getMessage()))
-                self.stream.flush()
-
-    def render(self, level: int, text: str) -> str:
-        """What to write for a message: no secrets, no control characters."""
-        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in redact(text))
-        erase = "\r\x1b[K" if self.live else ""
-        self.live = self.terminal and level in (LIVE, STEP)
-        code, prefix = STYLES.get(level, ("", ""))
-        first, *rest = (prefix + text).split("\n")
-        first = fit(first, self.width - 1).rstrip() if self.live else first
-        first = f"\x1b[{code}m{first}\x1b[m" if code and self.color else first
-        if self.live:
-            return f"\r{first}\x1b[K"
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(time.time()))
-        gap = "\n" if self.terminal and level == TABLE else ""
-        stamp = "" if self.terminal else stamp
-        return erase + gap + "".join(f"{stamp}{line}\n" for line in [first, *rest])
-
-
-class Interruption:
-    """Ctrl-C, SIGTERM, and SIGHUP end the process at once, like kill -9, but with a message and the
-    right exit code. What the next run needs is on disk at any moment. So nothing has to be unwound,
-    and there is no exception that a library could swallow."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.folder: Path | None = None  # of the export, once this run has locked it
-        self.held = False  # Signals have to wait.
-        self.received = 0  # the first signal
-        self.succeeded = False  # The report is published and its path is printed.
-
-    def handle(self, number: int, frame: object = None) -> None:
-        self.received = self.received or number
-        if not self.held:
-            self.end()
-
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Delay signals until the block is done."""
-        self.held = True
-        try:
-            yield
-        except Exception as error:
-            if self.received:  # What happened would be lost: the run ends here.
-                log.error("%s", error)
-            raise
-        finally:
-            self.held = False
-            if self.received:
-                self.end()
-
-    def end(self) -> NoReturn:
-        catch_signals(signal.SIG_IGN)
-        if self.succeeded:
-            os._exit(0)
-        text = "Run the same command to start again."
-        with contextlib.suppress(OSError):
-            if self.folder and holds_export(self.folder):
-                text = "CircleCI keeps working on the export. Run the same command to collect it."
-            elif self.folder:
-                remove_folder(self.folder)
-        with contextlib.suppress(OSError):  # skip logging: the interrupted code may hold its locks
-            line = self.console.render(logging.CRITICAL, f"Interrupted. {text}")
-            os.write(self.console.stream.fileno(), line.encode())
-        os._exit(128 + self.received)
 
 
 def redact(text: str) -> str:
@@ -291,6 +196,109 @@ def format_table(rows: Sequence[Sequence[str]], names: int, width: int) -> str:
         widths[widths.index(max(widths[:names]))] -= 1
     cells = [[fit(c, w, n >= names) for n, (c, w) in enumerate(zip(row, widths))] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+# --- Console: everything people see on stderr ---
+
+log = logging.getLogger("usage_report")
+LOG_WIDTH = 1000  # columns, where there is no terminal
+LIVE, STEP = 15, 16  # log levels for a terminal's live line; elsewhere, STEP gets its own line
+TABLE = 21  # log level of a table, which begins with column titles
+STYLES = {LIVE: ("2", ""), STEP: ("2", ""), TABLE: ("1", "")}  # color code and prefix by level
+STYLES.update({logging.WARNING: ("", "notice: "), logging.ERROR: ("31", "error: ")})
+
+
+class Console(logging.Handler):
+    """Writes to stderr: on a terminal with color and a live line, elsewhere with UTC timestamps."""
+
+    def __init__(self, quiet: bool, verbose: bool) -> None:
+        super().__init__(logging.ERROR if quiet else logging.DEBUG if verbose else LIVE)
+        self.stream = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (2>&- leaves no stderr)
+        escapes = sys.platform != "win32" or "WT_SESSION" in os.environ  # Old consoles print them.
+        self.terminal = escapes and self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.color = self.terminal and not os.environ.get("NO_COLOR")
+        self.live = False  # A live line is on the screen.
+
+    @property
+    def width(self) -> int:
+        """Columns of stderr's terminal (stdout may be captured); LOG_WIDTH if it is none."""
+        with contextlib.suppress(OSError):
+            if self.terminal:
+                return os.get_terminal_size(self.stream.fileno()).columns or 80
+        return LOG_WIDTH
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.terminal or record.levelno != LIVE:
+            with contextlib.suppress(OSError, ValueError):  # A broken stderr is no reason to fail.
+                self.stream.write(self.render(record.levelno, record.getMessage()))
+                self.stream.flush()
+
+    def render(self, level: int, text: str) -> str:
+        """What to write for a message: no secrets, no control characters."""
+        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in redact(text))
+        erase = "\r\x1b[K" if self.live else ""
+        self.live = self.terminal and level in (LIVE, STEP)
+        code, prefix = STYLES.get(level, ("", ""))
+        first, *rest = (prefix + text).split("\n")
+        first = fit(first, self.width - 1).rstrip() if self.live else first
+        first = f"\x1b[{code}m{first}\x1b[m" if code and self.color else first
+        if self.live:
+            return f"\r{first}\x1b[K"
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(time.time()))
+        gap = "\n" if self.terminal and level == TABLE else ""
+        stamp = "" if self.terminal else stamp
+        return erase + gap + "".join(f"{stamp}{line}\n" for line in [first, *rest])
+
+
+# --- Signals ---
+
+
+class Interruption:
+    """Ctrl-C, SIGTERM, and SIGHUP end the process at once, like kill -9, but with a message and the
+    right exit code. What the next run needs is on disk at any moment. So nothing has to be unwound,
+    and there is no exception that a library could swallow."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.folder: Path | None = None  # of the export, once this run has locked it
+        self.held = False  # Signals have to wait.
+        self.received = 0  # the first signal
+        self.succeeded = False  # The report is published and its path is printed.
+
+    def handle(self, number: int, frame: object = None) -> None:
+        self.received = self.received or number
+        if not self.held:
+            self.end()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Delay signals until the block is done."""
+        self.held = True
+        try:
+            yield
+        except Exception as error:
+            if self.received:  # What happened would be lost: the run ends here.
+                log.error("%s", error)
+            raise
+        finally:
+            self.held = False
+            if self.received:
+                self.end()
+
+    def end(self) -> NoReturn:
+        catch_signals(signal.SIG_IGN)
+        if self.succeeded:
+            os._exit(0)
+        text = "Run the same command to start again."
+        with contextlib.suppress(OSError):
+            if self.folder and holds_export(self.folder):
+                text = "CircleCI keeps working on the export. Run the same command to collect it."
+            elif self.folder:
+                remove_folder(self.folder)
+        with contextlib.suppress(OSError):  # skip logging: the interrupted code may hold its locks
+            line = self.console.render(logging.CRITICAL, f"Interrupted. {text}")
+            os.write(self.console.stream.fileno(), line.encode())
+        os._exit(128 + self.received)
 
 
 # --- Settings: a flag, else the environment, else .env ---
@@ -435,7 +443,7 @@ def check_uuid(name: str, text: str, where: str) -> str:
 def check_base_url(url: str) -> str:
     secure = r"https://([a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*|\[[0-9a-f:]+\])"
     loopback = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
-    if not re.fullmatch(rf"({secure}|{loopback})(:[0-9]{{1,5}})?/?", url.lower()):
+    if not re.fullmatch(rf"({secure}|{loopback})(:[1-6]?[0-9]{{1,4}})?/?", url.lower()):
         text = "CIRCLECI_BASE_URL must be https:// and a host name, such as https://circleci.com"
         raise invalid(f"{text} (http:// works only for localhost).")
     return url.lower().rstrip("/")
@@ -447,7 +455,7 @@ def check_output(folder: Path) -> Path:
     except OSError as error:
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # a full disk or quota
             raise
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         hint = "Use --output-dir with another folder, such as --output-dir reports"
         raise invalid(f"Cannot write to the output folder {folder}. {hint}")
     return folder
@@ -536,17 +544,27 @@ def parse_time(setting: Setting, time_of_day: str, days: tuple[date, date]) -> d
 # Calls that a server can stall run here: the caller times out, and the thread stays behind.
 WORKERS = concurrent.futures.ThreadPoolExecutor(100)
 
-# What the exception says, whether the request may have been sent, and what to tell the user.
+# What the exception says, whether the request may have been sent, and what to tell the user. It
+# counts as not sent only if there was no connection yet.
 FAILURES = (
+    ("^TimeoutError|Read timed out", True, "no complete response in time"),
+    ("ProtocolError|Connection aborted", True, "connection lost"),
     ("CA certificate bundle", False, "CA bundle not found. Check REQUESTS_CA_BUNDLE"),
-    ("SOCKS", False, "SOCKS support is missing. Set HTTPS_PROXY to an http:// proxy"),
-    ("ProxyError", False, "cannot connect through the proxy. Check HTTPS_PROXY"),
+    ("for SOCKS", False, "SOCKS support is missing. Set HTTPS_PROXY to an http:// proxy"),
+    (
+        "ProxyError.*(NewConnection|NameResolution|ConnectTimeout|Tunnel)",
+        False,
+        "cannot connect through the proxy. Check HTTPS_PROXY",
+    ),
     ("CERTIFICATE_VERIFY", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
     ("NameResolution|getaddrinfo", False, "host not found. Check the network"),
-    ("refused", False, "connection refused: the port is closed. Check CIRCLECI_BASE_URL"),
+    (
+        "NewConnection.*refused",
+        False,
+        "connection refused: the port is closed. Check CIRCLECI_BASE_URL",
+    ),
     ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
     ("NewConnectionError", False, "cannot connect. Check the network"),
-    ("Timeout|timed out", True, "no complete response in time"),
     ("too large", True, "the response is too large"),
     ("", True, "connection lost"),
 )
@@ -554,6 +572,7 @@ NETWORK_ERRORS = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
     concurrent.futures.TimeoutError,
+    ValueError,  # from http.client, if a response is malformed
 )
 
 
@@ -575,7 +594,6 @@ def send(method: str, url: str, token: str = "", body: object = None) -> request
     """Send a request and return the response, its body unread. Uses an adapter, because a session
     keeps cookies, reads ~/.netrc, and parses the target of every redirect."""
     headers = {"User-Agent": f"circleci-usage-report/{__version__}", "Accept-Encoding": "identity"}
-    headers["Connection"] = "close"  # The next request may be minutes away.
     if token:
         headers["Circle-Token"] = token
     session = requests.Session()
@@ -752,7 +770,7 @@ def find_organizations(api: Api, settings: Settings) -> dict[str, str]:
     return {settings.primary: "", **found}
 
 
-# --- Files, which appear complete or not at all ---
+# --- Files and the export's folder ---
 
 STATE, MERGED = "state.json", "merged.csv"
 
@@ -1483,7 +1501,7 @@ def count_quickly(file: BinaryIO, columns: int) -> Usage:
 
 def format_summary(usage: Usage, organizations: Mapping[str, str], width: int) -> list[str]:
     """A table of the organizations, and one of the projects with the most credits."""
-    names = dict(usage.names)
+    names = {key: clean(name) for key, name in usage.names.items()}
     names.update({(key,): name for key, name in organizations.items() if name})
     bar = 20 if 80 <= width < LOG_WIDTH else 0
 

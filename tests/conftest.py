@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -15,6 +16,11 @@ from fake_circleci import PRIMARY, TOKEN, Answer, FakeCircleCI
 sys.path.insert(0, str(PROJECT))
 
 import usage_report  # noqa: E402
+
+# Under nohup or in the background of a shell, child processes would ignore these signals.
+if sys.platform != "win32":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WINDOW = {"START_DATE": "2026-09-01", "END_DATE": "2026-09-30"}
 

@@ -258,6 +258,14 @@ def test_a_permanent_problem_leaves_no_report_and_keeps_the_other_parts(
     assert len(fake.jobs) == 1 and leftovers(output) == []
 
 
+def test_a_missing_part_counts_more_than_an_expired_link(fake, run):
+    """New links would not bring it back."""
+    fake.parts = [[problem(403, "?")], [problem(404, "?")], [LAST]]
+    result = run()
+    assert result.code == 1 and "Part 2 of 3 failed with 404" in result.last_line
+    assert len(fake.requests("GET", "store", "data_1.")) == 1
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -381,6 +389,21 @@ def test_the_report_and_its_parts_are_flushed_to_disk(fake, run, monkeypatch):
     assert run().code == 0
     assert "state.json.new" in flushed and "merged.csv.new" in flushed
     assert sum(name.startswith("part-") for name in flushed) == fake.part_count
+
+
+def test_a_name_that_another_run_takes_at_the_last_moment(fake, run, output, monkeypatch):
+    link, taken = os.link, []
+
+    def take_the_name(source: Path, target: Path) -> None:
+        if not taken:
+            taken.append(Path(target))
+            taken[0].write_text("another report")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", take_the_name)
+    result = run()
+    assert result.code == 0 and result.report.read_bytes() == fake.report()
+    assert taken[0] != result.report and taken[0].read_text() == "another report"
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])

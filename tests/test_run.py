@@ -12,10 +12,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from http.client import BadStatusLine, RemoteDisconnected
 from pathlib import Path
 
 import pytest
 import requests
+import urllib3
 from clocks import PROJECT, REAL_SLEEP, REAL_TIME
 from conftest import always, leftovers
 from fake_circleci import ORGANIZATIONS, PRIMARY, TOKEN, Answer, FakeCircleCI, in_json, problem
@@ -456,6 +458,46 @@ def posts(monkeypatch) -> Callable[..., list[str]]:
         return sent
 
     return posts
+
+
+POOL = urllib3.HTTPSConnectionPool("circleci.com")
+
+
+def behind_proxy(cause: Exception) -> requests.exceptions.ProxyError:
+    """As requests raises it, even if the connection through the proxy was lost after the POST."""
+    reason = urllib3.exceptions.ProxyError("Unable to connect to proxy", cause)
+    return requests.exceptions.ProxyError(urllib3.exceptions.MaxRetryError(POOL, "/", reason))
+
+
+@pytest.mark.parametrize(
+    "error, sent",
+    [
+        pytest.param(behind_proxy(RemoteDisconnected("no response")), True, id="lost, proxy"),
+        pytest.param(behind_proxy(ConnectionResetError(104, "reset")), True, id="reset, proxy"),
+        pytest.param(behind_proxy(OSError("Tunnel connection failed: 403")), False, id="no tunnel"),
+        pytest.param(
+            requests.ConnectionError(
+                urllib3.exceptions.ProtocolError("Connection aborted.", BadStatusLine("refused"))
+            ),
+            True,
+            id="a response that is not HTTP",
+        ),
+        pytest.param(
+            requests.ConnectionError("SOCKSHTTPSConnectionPool(...): Read timed out."),
+            True,
+            id="a timeout behind a SOCKS proxy",
+        ),
+        pytest.param(
+            requests.ConnectionError(
+                urllib3.exceptions.NewConnectionError(POOL, "[Errno 101] Network is unreachable")
+            ),
+            False,
+            id="network unreachable",
+        ),
+    ],
+)
+def test_a_request_counts_as_sent_unless_there_was_no_connection(error, sent):
+    assert usage_report.explain_failure(error)[0] is sent
 
 
 @pytest.mark.parametrize("problem, sent, message", NETWORK)

@@ -111,6 +111,7 @@ INVALID = [
             "URL with a path": {"CIRCLECI_BASE_URL": "https://circleci.com/api/v2"},
             "URL with a query": {"CIRCLECI_BASE_URL": "https://circleci.com?a=b"},
             "URL without a scheme": {"CIRCLECI_BASE_URL": "circleci.com"},
+            "URL with an invalid port": {"CIRCLECI_BASE_URL": "https://circleci.com:70000"},
             "URL with an empty label": {"CIRCLECI_BASE_URL": "https://a..b"},
             "URL with a line break": {"CIRCLECI_BASE_URL": "https://circleci.com\n.example.com"},
         }.items()
