@@ -264,6 +264,7 @@ class Interruption:
         self.held = False  # Signals have to wait.
         self.received = 0  # the first signal
         self.succeeded = False  # The report is published and its path is printed.
+        self.advice = "Run the same command to start again."
 
     def handle(self, number: int, frame: object = None) -> None:
         self.received = self.received or number
@@ -289,7 +290,7 @@ class Interruption:
         catch_signals(signal.SIG_IGN)
         if self.succeeded:
             os._exit(0)
-        text = "Run the same command to start again."
+        text = self.advice
         with contextlib.suppress(OSError):
             if self.folder and holds_export(self.folder):
                 text = "CircleCI keeps working on the export. Run the same command to collect it."
@@ -400,7 +401,7 @@ def load_settings(args: argparse.Namespace, values: Mapping[str, Setting]) -> Se
     base_url = check_base_url(values["CIRCLECI_BASE_URL"].value or "https://circleci.com")
     output = check_output(Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute())
     window = None
-    if primary and (not job_id or args.start or args.end or args.period):
+    if args.start or args.end or args.period or (primary and not job_id):
         window = choose_window(args.period, values["START_DATE"], values["END_DATE"])
     window = None if job_id else window
     return Settings(token, base_url, output, primary, list(filter(None, shared)), job_id, window)
@@ -505,13 +506,13 @@ def choose_window(period: str, start: Setting, end: Setting) -> Window:
         start, end = (Setting(str(day), "--period") for day in period_days(period, now.date()))
     first, wanted_end = parse_time(start, "T00:00:00Z", days), parse_time(end, "T23:59:59Z", days)
     last = now - timedelta(minutes=1) if wanted_end > now else wanted_end
-    oldest = months_back(now.date(), HISTORY_MONTHS)
+    oldest, yesterday = months_back(now.date(), HISTORY_MONTHS), now.date() - timedelta(days=1)
     given = f"--period {period}" if period else f"{start.name} {start.value}"
     both, example = f"{given} to {end.name} {end.value}", "{} to {}".format(*days)
     if first >= wanted_end:
         raise invalid(f"{both}: the start must be before the end, such as {example}.")
     if first >= last:
-        raise invalid(f"{given} is in the future. Use {days[1]} or earlier.")
+        raise invalid(f"{given} is in the future. Use {yesterday} or earlier.")
     if first.date() < oldest:
         choice = f"{months_back(oldest, -1):%Y-%m}" if period else oldest
         limit = f"CircleCI keeps {HISTORY_MONTHS} months of usage"
@@ -669,7 +670,7 @@ class Api:
             400: f"The window must cover {limits}.",
             401: f"CIRCLE_TOKEN in {source} is invalid or expired. Create a new one.",
             403: "Use the token of an organization admin.",
-            404: f"Check {', '.join(used)}. The owner of CIRCLE_TOKEN must have access.",
+            404: f"Check {' and '.join(used)}. The owner of CIRCLE_TOKEN must have access.",
         }
 
     def request(self, method: str, path: str, body: object = None) -> Any:
@@ -947,6 +948,16 @@ def resume_export(folder: Path, settings: Settings) -> Export | None:
     return export
 
 
+MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you can spend another."
+
+
+def read_job_id(answer: Any) -> str:
+    job_id = answer.get("usage_export_job_id") if isinstance(answer, dict) else None
+    if not isinstance(job_id, str) or not re.fullmatch(UUID, job_id.lower()):
+        raise RetryableError("The POST returned no valid job ID.", FAILED)
+    return job_id.lower()
+
+
 def request_export(
     api: Api, body: Mapping[str, Any], folder: Path, interruption: Interruption
 ) -> Export:
@@ -960,12 +971,13 @@ def request_export(
     def post() -> Export:
         with interruption.hold():
             requested_at = time.time()
-            answer = api.request("POST", api.exports, body)
-            job_id = answer.get("usage_export_job_id") if isinstance(answer, dict) else None
-            if not isinstance(job_id, str) or not re.fullmatch(UUID, job_id.lower()):
-                raise RetryableError(f"POST {api.exports} returned no valid job ID.", FAILED)
+            try:
+                job_id = read_job_id(api.request("POST", api.exports, body))
+            except RetryableError as error:
+                interruption.advice = MAY_HAVE_STARTED if error.sent else interruption.advice
+                raise
             polls = earlier.polls if earlier else []
-            export = Export(folder, job_id.lower(), body["end"], requested_at, polls)
+            export = Export(folder, job_id, body["end"], requested_at, polls)
             try:
                 export.save()
             except OSError as error:
@@ -984,8 +996,7 @@ def request_export(
     try:
         return retry(post, repeat_sent=False)
     except RetryableError as error:
-        text = "CircleCI may have started an export. Run again only if you can spend another one."
-        raise ReportError(f"{error} {text}") from None
+        raise ReportError(f"{error} {MAY_HAVE_STARTED}") from None
 
 
 # --- Waiting for the job ---
@@ -1222,7 +1233,8 @@ def verify_part(part: Part, response: requests.Response, body: Any) -> None:
     if first and not looks_like_row(first):
         text = f"{part.name} is not a CSV. It may be a web page or an error message."
         raise RetryableError(text, FAILED)
-    if rows is body and part.length is None and "Transfer-Encoding" not in response.headers:
+    chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
+    if rows is body and part.length is None and not chunked:
         text = f"{part.name} is uncompressed and has no length, so its end cannot be verified."
         raise RetryableError(text, FAILED)
     while rows.read(BLOCK):
