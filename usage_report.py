@@ -1499,7 +1499,7 @@ def count_quickly(file: BinaryIO, columns: int) -> Usage:
     for block in iter(lambda: file.read(BLOCK) + file.readline(MAX_ROW), b""):
         quoted = block.startswith(b'"')
         rows = (QUICK_QUOTED if quoted else QUICK_BARE).findall(block)
-        commas = block.count(b",") - block.count(b"\\,")
+        commas = block.count(b",") - block.count(b"\\,") + block.count(b"\\\\,")
         separators = block.count(b'","') if quoted else commas
         quotes = 2 * columns * len(rows) if quoted else 0
         found = (block.count(b"\n"), separators, block.count(b'"'))
@@ -1569,8 +1569,8 @@ def obtain_parts(
         if settings.primary not in (row[2].lower() for row in list_collaborations(api)):
             text = f"{error} The token has no access to organization {settings.primary}."
             raise ReportError(text) from None
-        if settings.job_id:
-            raise NothingToCollect(str(error)) from None
+        if settings.job_id:  # The folder of the run that requested the job stays.
+            raise (ReportError if export.requested_at else NothingToCollect)(str(error)) from None
     log.warning("CircleCI cannot find export job %s. Requesting the export again.", export.job_id)
     export = request()
     return export, collect_parts(api, export)

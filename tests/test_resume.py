@@ -464,6 +464,16 @@ def test_job_id_leaves_the_folders_of_other_exports(fake, run, clock, output):
 # --- Two runs at once ---
 
 
+def test_job_id_of_another_organization_leaves_the_folder_of_the_interrupted_run(
+    fake, run, clock, output
+):
+    crash_after(5, clock, run)
+    (job_id,) = fake.jobs
+    fake.plan("GET", *[problem(404, "Usage export job does not exist.")] * 6)
+    assert run("--job-id", job_id, PRIMARY_ORG_ID=list(ORGANIZATIONS)[1]).code == 1
+    assert run().code == 0 and len(fake.requests("POST")) == 1 and leftovers(output) == []
+
+
 @pytest.mark.parametrize("by_job_id", [False, True], ids=["the same command", "--job-id"])
 def test_two_runs_at_once(fake, run, output, clock, by_job_id):
     """The second one exits with 1, so that no cron job repeats it. The first is not disturbed."""
