@@ -112,6 +112,13 @@ def no_rows(body: bytes) -> list[Answer]:
             id="gzip three times",
         ),
         pytest.param([Answer(PARTS[1], length=False), GOOD], id="not compressed and no length"),
+        pytest.param(
+            [
+                Answer(PARTS[1], cut=500, length=False, headers={"Transfer-Encoding": "identity"}),
+                GOOD,
+            ],
+            id="not compressed, no length, and not chunked",
+        ),
     ],
 )
 def test_a_problem_that_passes_is_retried(fake, run, output, answers):

@@ -293,3 +293,14 @@ def test_kill_9_needs_no_cleanup(fake, start, resume, output):
     assert result.code == 0 and result.report.read_bytes() == HEADER + b"".join(make_rows(60))
     assert len(fake.requests("POST")) == 1 and [*output.iterdir()] == [result.report]
     assert len(fake.requests("GET", "store", "data_0")) == 1
+
+
+def test_interrupted_while_the_outcome_is_unknown_says_what_it_may_cost(fake, start):
+    fake.post_seconds = 0.5
+    fake.plan("POST", Answer(b"Bad gateway", 502, late=True))
+    child = start()
+    wait_for(lambda: fake.requests("POST"))
+    result = child.send(TERM)
+    assert result.code == 143 and len(fake.requests("POST")) == 1
+    assert "failed with 502" in result.err
+    assert "CircleCI may have started an export" in result.last_line
