@@ -552,11 +552,7 @@ FAILURES = (
     ("ProtocolError|Connection aborted", True, "connection lost"),
     ("CA certificate bundle", False, "CA bundle not found. Check REQUESTS_CA_BUNDLE"),
     ("for SOCKS", False, "SOCKS support is missing. Set HTTPS_PROXY to an http:// proxy"),
-    (
-        "ProxyError.*(NewConnection|NameResolution|ConnectTimeout|Tunnel)",
-        False,
-        "cannot connect through the proxy. Check HTTPS_PROXY",
-    ),
+    ("ProxyError.*(NewConn|NameRes|Tunnel)", False, "cannot use the proxy. Check HTTPS_PROXY"),
     ("CERTIFICATE_VERIFY", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
     ("NameResolution|getaddrinfo", False, "host not found. Check the network"),
     (
@@ -1257,6 +1253,7 @@ def check_download(status: int, name: str) -> None:
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
 COLUMN_NAME = re.compile(r"\w+( \w+)*", re.ASCII)
+ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 ESCAPED_CELL = re.compile(r"([^\\,]*(?:\\.[^\\,]*)*),", re.DOTALL)
 
 
@@ -1280,10 +1277,6 @@ def is_quoted(row: str) -> bool:
     return '"' in row and re.search(r'(?:^|(?<!\\),)"', row) is not None
 
 
-def unescape(cell: str) -> str:
-    return "" if cell in (r"\N", r"\\N") else re.sub(r"(?s)\\(.)", r"\1", cell)
-
-
 def parse_row(row: str) -> list[str]:
     """The cells of a row of an export; a missing value is an empty cell.
 
@@ -1295,7 +1288,11 @@ def parse_row(row: str) -> list[str]:
     if is_quoted(row):
         return ["" if cell == r"\N" else cell for cell in next(csv.reader([row], strict=True))]
     cells = ESCAPED_CELL.findall(row + ",") if r"\," in row else row.split(",")
-    return [cell if "\\" not in cell else unescape(cell) for cell in cells]
+    missing = (r"\N", r"\\N")
+    return [
+        cell if "\\" not in cell else "" if cell in missing else ESCAPE.sub(r"\1", cell)
+        for cell in cells
+    ]
 
 
 def read_rows(file: Any, first: bytes = b"") -> Iterator[list[str]]:
