@@ -555,11 +555,7 @@ FAILURES = (
     ("ProxyError.*(NewConn|NameRes|Tunnel)", False, "cannot use the proxy. Check HTTPS_PROXY"),
     ("CERTIFICATE_VERIFY", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
     ("NameResolution|getaddrinfo", False, "host not found. Check the network"),
-    (
-        "NewConnection.*refused",
-        False,
-        "connection refused: the port is closed. Check CIRCLECI_BASE_URL",
-    ),
+    ("NewConnection.*refused", False, "the port is closed. Check CIRCLECI_BASE_URL"),
     ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
     ("NewConnectionError", False, "cannot connect. Check the network"),
     ("too large", True, "the response is too large"),
@@ -1496,11 +1492,12 @@ def count_quickly(file: BinaryIO, columns: int) -> Usage:
     for block in iter(lambda: file.read(BLOCK) + file.readline(MAX_ROW), b""):
         quoted = block.startswith(b'"')
         rows = (QUICK_QUOTED if quoted else QUICK_BARE).findall(block)
-        commas = block.count(b",") - block.count(b"\\,") + block.count(b"\\\\,")
-        separators = block.count(b'","') if quoted else commas
-        quotes = 2 * columns * len(rows) if quoted else 0
-        found = (block.count(b"\n"), separators, block.count(b'"'))
-        if found != (len(rows), (columns - 1) * len(rows), quotes):
+        separators, quotes = block.count(b'","' if quoted else b","), block.count(b'"')
+        if not quoted:
+            escaped = block.count(b"\\,")
+            separators -= escaped - block.count(b"\\\\,") if escaped else 0
+        found = (block.count(b"\n"), separators, quotes)
+        if found != (len(rows), (columns - 1) * len(rows), 2 * columns * len(rows) * quoted):
             raise ValueError
         for (cells, credits), times in Counter(rows).items():
             organization_id, organization, _, project_id, project = parse(cells)

@@ -1,6 +1,7 @@
 """A whole run against a shell pipeline on the same files: time, memory, and disk.
 
     python tests/bench_merge.py
+    python tests/bench_merge.py --large    # 8 parts of 350 MB: one minute more, 7 GB of disk
 
 The run is the real script, from its start to the printed path ("published") and to its end with
 the summary. The pipeline is `curl | gunzip > out; curl | gunzip | tail -n +2 >> out; ...`. Both
@@ -18,6 +19,7 @@ import gzip
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -162,6 +164,8 @@ if __name__ == "__main__":
     compare("quoted,  4 parts,  40 MB", "quoted", 4, 40 * MB)
     compare("escaped, 4 parts, 400 MB", "escaped", 4, 400 * MB)
     compare("quoted,  4 parts, 400 MB", "quoted", 4, 400 * MB)
+    if "--large" in sys.argv:
+        compare("escaped, 8 x 350 MB", "escaped", 8, 2800 * MB, rounds=1)
     compare("escaped, --plain,  40 MB", "escaped", 4, 40 * MB, flags=("--plain",))
     compare("quoted,  --plain,  40 MB", "quoted", 4, 40 * MB, flags=("--plain",))
     compare(

@@ -416,7 +416,7 @@ def serve_tls(folder: Path) -> str:
 
 NETWORK = [
     ("host not found", False, "host not found. Check the network"),
-    ("port closed", False, "connection refused: the port is closed. Check CIRCLECI_BASE_URL"),
+    ("port closed", False, "the port is closed. Check CIRCLECI_BASE_URL"),
     ("proxy not running", False, "cannot use the proxy. Check HTTPS_PROXY"),
     ("proxy refuses", False, "cannot use the proxy. Check HTTPS_PROXY"),
     ("SOCKS", False, "SOCKS support is missing. Set HTTPS_PROXY to an http:// proxy"),
