@@ -549,7 +549,6 @@ WORKERS = concurrent.futures.ThreadPoolExecutor(100)
 # counts as not sent only if there was no connection yet.
 FAILURES = (
     ("^TimeoutError|Read timed out", True, "no complete response in time"),
-    ("ProtocolError|Connection aborted", True, "connection lost"),
     ("CA certificate bundle", False, "CA bundle not found. Check REQUESTS_CA_BUNDLE"),
     ("for SOCKS", False, "SOCKS support is missing. Set HTTPS_PROXY to an http:// proxy"),
     ("ProxyError.*(NewConn|NameRes|Tunnel)", False, "cannot use the proxy. Check HTTPS_PROXY"),

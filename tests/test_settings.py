@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from datetime import datetime
 
 import pytest
@@ -123,6 +124,7 @@ INVALID = [
         "Cannot write to .*Use --output-dir with another folder, such as --output-dir reports",
         *["--output-dir", os.devnull],
     ),
+    case("output is a program", "Cannot write to ", "--output-dir", sys.executable),
     case("output inside a device", "Cannot write to ", "--output-dir", f"{os.devnull}/x"),
     case(
         "missing env file",
