@@ -92,6 +92,7 @@ QUERY_LIMIT = 4 * 3600  # seconds an export may take
 # Usage is refreshed "daily, through the previous day" (CircleCI's changelog). The hour is a guess.
 REFRESH_HOURS = 6  # after midnight UTC
 UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+LINK_EXPIRED = (401, 403)  # HTTP statuses of a signed link that is over 36 hours old
 LINK = r"https?://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*"
 
 # --- Choices of this script (in seconds, bytes, or characters) ---
@@ -147,7 +148,7 @@ SECRETS: set[str] = set()  # the token, once it is known
 
 def redact(text: str) -> str:
     """The text without the token and without the query part of URLs."""
-    for secret in SECRETS:
+    for secret in SECRETS - {""}:
         text = text.replace(secret, "[token]")
     text = re.sub(r"\?[^\s?]*=\S*", "?[removed]", text)
     return re.sub(r"(?i)((?:signature|credential|token|sig)=)[^\s&]+", r"\1[removed]", text)
@@ -954,7 +955,8 @@ def request_export(
 ) -> Export:
     """A new export job, its ID on disk. A POST with an unknown outcome may have started an export,
     and the API does not list exports. So it is sent at most once more."""
-    earlier = load_export(folder)  # Its GETs count toward the rate limit.
+    earlier = load_export(folder)
+    polls = earlier.polls if earlier else []  # They count toward the rate limit.
     remove_files(folder)
     with new_file(folder / STATE) as file:
         file.write(b"{}")  # A full disk fails here, before anything is spent.
@@ -967,7 +969,6 @@ def request_export(
             except RetryableError as error:
                 interruption.advice = MAY_HAVE_STARTED if error.sent else interruption.advice
                 raise
-            polls = earlier.polls if earlier else []
             export = Export(folder, job_id, body["end"], requested_at, polls)
             try:
                 export.save()
@@ -1164,7 +1165,7 @@ def collect_parts(api: Api, export: Export) -> list[Path]:
             found = downloaded_parts(export.folder)
             return [found[part.stem.name] for part in parts]
         except ReportError as error:
-            if error.status not in (401, 403):
+            if error.status not in LINK_EXPIRED:
                 raise
             log.warning("%s Asking CircleCI for new links.", error)
             found = downloaded_parts(export.folder)
@@ -1188,7 +1189,7 @@ def download_parts(missing: Sequence[Part], total: int) -> None:
     errors = [error for error in (job.exception() for job in jobs) if error]
     if errors:
         log.info("%d of %d parts are complete and kept.", total - len(errors), total)
-        raise min(errors, key=lambda error: getattr(error, "status", 0) in (401, 403))
+        raise min(errors, key=lambda error: getattr(error, "status", 0) in LINK_EXPIRED)
     size = format_size(sum(part.received for part in missing))
     log.info("Downloaded %d part%s, %s.", len(missing), "s" * (len(missing) != 1), size)
 
@@ -1235,7 +1236,7 @@ def verify_part(part: Part, response: requests.Response, body: Any) -> None:
 def check_download(status: int, name: str) -> None:
     """Raises the error for a status other than 200."""
     text = f"{name} failed with {status}"
-    if status in (401, 403):
+    if status in LINK_EXPIRED:
         raise ReportError(f"{text}: the link has expired.", status=status)
     if status in (408, 429) or status >= 500:
         raise RetryableError(f"{text}.", UNFINISHED)
@@ -1372,9 +1373,9 @@ def merge_part(rows: Any, number: int, header: bytes, report: BinaryIO, plain: b
 def check_first_row(line: bytes, cells: list[str], columns: list[str], number: int) -> bytes:
     """The first line of a later part, if it is a row. Raises ReportError if it is another header,
     or does not fit the columns."""
-    shared = len(set(cells) & set(columns))
-    if len(cells) > 1 and (all(map(COLUMN_NAME.fullmatch, cells)) or 2 * shared > len(columns)):
-        found, wanted = set(cells), set(columns)
+    found, wanted = set(cells), set(columns)
+    mostly_names = 2 * len(found & wanted) > len(columns)
+    if len(cells) > 1 and (mostly_names or all(map(COLUMN_NAME.fullmatch, cells))):
         changes = [f"without {name}" for name in columns if name not in found]
         changes += [f"with {name}" for name in cells if name not in wanted]
         text = clean(", ".join(changes)) or "in a different order"
@@ -1474,9 +1475,11 @@ def count_usage(report: Path, plain: bool) -> Usage:
             with contextlib.suppress(ValueError):
                 return count_quickly(file, len(columns))
         file.seek(len(first))
-        text = io.TextIOWrapper(file, "utf-8", newline="")
+        rows: Iterator[list[str]] = read_rows(file)
+        if plain:
+            rows = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""), strict=True)
         usage, indexes = Usage(), [columns.index(name) for name in COUNTED]
-        for row in csv.reader(text, strict=True) if plain else read_rows(file):
+        for row in rows:
             if len(row) != len(columns):
                 raise ValueError("a row does not fit the header")
             usage.add([row[index] for index in indexes])
@@ -1572,7 +1575,7 @@ def obtain_parts(
 def run(args: argparse.Namespace, console: Console, interruption: Interruption) -> int:
     """The steps of a run. Returns the exit code. Raises ReportError or OSError."""
     started, variables = time.time(), read_variables(args)
-    SECRETS.update(filter(None, [variables["CIRCLE_TOKEN"].value]))
+    SECRETS.add(variables["CIRCLE_TOKEN"].value)
     settings = load_settings(args, variables)
     api = Api(settings)
     if not settings.primary:

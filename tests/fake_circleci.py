@@ -51,7 +51,7 @@ COLUMNS = (
     "MAX_RAM_UTILIZATION_PCT COMPUTE_CREDITS DLC_CREDITS USER_CREDITS STORAGE_CREDITS "
     "NETWORK_CREDITS LEASE_CREDITS LEASE_OVERAGE_CREDITS IPRANGES_CREDITS TOTAL_CREDITS"
 ).split()
-DIALECTS = ("escaped", "quoted", "strings quoted")  # usage-api.md, "The file"
+DIALECTS = ("escaped", "quoted", "strings quoted")  # how exports write cells; see write_row
 Cell = Union[str, int, float, Decimal, None]  # None: a missing value
 
 
