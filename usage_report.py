@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """Write one CSV of CircleCI usage for every organization on a plan.
 
-A run signs in, finds the organizations that share the plan, requests ONE export for all of them,
-waits for it within the API's limits, downloads its parts, merges them, publishes the report, prints
-its path to stdout, and shows a summary on stderr.
+A run signs in, finds the organizations that share the plan, requests ONE export
+for all of them, waits for it within the API's limits, downloads its parts,
+merges them, publishes the report, prints its path to stdout, and shows a
+summary on stderr.
 
-Exports are scarce: 10 an hour, and each can take up to 4 hours. So the job ID is saved to disk
-before anything else happens. After any interruption, run the same command to resume.
+Exports are scarce: 10 an hour, and each can take up to 4 hours. So the job ID
+is saved to disk before anything else happens. After any interruption, run the
+same command to resume.
 
-Exit codes: 0 the report is published; 1 failed; 2 invalid setting; 3 no usage in the window;
-75 not finished, run the same command again; 130, 143, 129 interrupted by Ctrl-C, SIGTERM, SIGHUP.
+Exit codes: 0 the report is published; 1 failed; 2 invalid setting; 3 no usage
+in the window; 75 not finished, run the same command again; 130, 143, 129
+interrupted by Ctrl-C, SIGTERM, SIGHUP.
 """
 
 from __future__ import annotations  # SyntaxError? usage_report.py needs Python 3.9 or newer.
@@ -18,24 +21,17 @@ import os
 import shlex
 import signal
 import sys
-from typing import Any
 
 SETUP = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
 SETUP = f"Run: cd {shlex.quote(os.path.dirname(os.path.abspath(__file__)))} && {SETUP}"
 if sys.version_info < (3, 9):
     sys.exit(f"usage_report.py needs Python 3.9 or newer. Install a newer Python first. {SETUP}")
 
-
-def catch_signals(handler: Any) -> None:
-    """Handle Ctrl-C, SIGTERM, and SIGHUP, except those that are ignored, as under nohup."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP.
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+SIGNALS = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
 if __name__ == "__main__":  # The imports below take a while. Ctrl-C must not show a traceback.
-    catch_signals(lambda number, frame: os._exit(128 + number))
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 import argparse
 import calendar
@@ -49,7 +45,9 @@ import hashlib
 import io
 import json
 import logging
+import math
 import re
+import textwrap
 import time
 import traceback
 import unicodedata
@@ -57,13 +55,14 @@ import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
-from functools import lru_cache, partial
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 warnings.filterwarnings("ignore", module="urllib3")  # It warns about macOS Python's old SSL.
 
@@ -80,7 +79,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
 T = TypeVar("T")
 
 # --- Facts about the Usage API (from CircleCI's OpenAPI description unless noted otherwise) ---
@@ -101,6 +100,7 @@ HOUR = 3600 + 15  # an hour on CircleCI's clock, with a margin for network delay
 PATIENCE = QUERY_LIMIT + 15 * 60
 FIRST_POLL = 15
 RETRY_PAUSES = (1, 2, 4, 8, 16)
+POST_PAUSES = (16,) * 5
 TIMEOUTS = (10, 60)  # to connect, and between two reads
 ANSWER_SECONDS = 120  # for an API response, or the headers of a download
 ANSWER_BYTES = 10_000_000
@@ -112,33 +112,38 @@ MAX_TEXT = 300  # characters shown of external text
 MAX_LISTED = 10  # organizations or projects
 
 FAILED, INVALID, NO_USAGE, UNFINISHED = 1, 2, 3, 75  # exit codes
-csv.field_size_limit(MAX_ROW)
 PLACEHOLDER = "your-personal-api-token"  # CIRCLE_TOKEN in .env.example
 SCRIPT_FOLDER = Path(__file__).resolve().parent
+csv.field_size_limit(MAX_ROW)
 
 
 # --- Errors ---
 
 
 class ReportError(Exception):
-    """Ends the run. The text says what happened, why, and what to do next."""
+    """Ends the run. The text says what happened, why, and what to do next. `status`: the HTTP
+    status, if it matters. `sent`: the request may have reached the server. `wait`: seconds until
+    the rate limit allows the next request; None if this is not about the rate limit."""
 
-    def __init__(self, text: str, code: int = FAILED, status: int = 0) -> None:
+    def __init__(
+        self, text: str, code: int = FAILED, status: int = 0, sent: bool = True, wait: Any = None
+    ) -> None:
         super().__init__(text)
-        self.code, self.status = code, status  # the exit code; the HTTP status, if it matters
+        self.code, self.status, self.sent, self.wait = code, status, sent, wait
 
 
 class RetryableError(ReportError):
-    """A retry may help. `sent`: the request may have reached the server. `wait`: seconds until
-    the rate limit allows the next request; None if this is not about the rate limit."""
-
-    def __init__(self, text: str, code: int, sent: bool = True, wait: float | None = None) -> None:
-        super().__init__(text, code)
-        self.sent, self.wait = sent, wait
+    """A retry may help."""
 
 
 class NothingToCollect(ReportError):
     """The export failed, has no usage, or does not exist."""
+
+
+def require(valid: object, text: str) -> None:
+    """Ends the run because of an invalid setting, unless it is valid."""
+    if not valid:
+        raise ReportError(text, INVALID)
 
 
 # --- Text for people ---
@@ -182,10 +187,8 @@ def display_width(text: str) -> int:
 
 def fit(text: str, width: int, right: bool = False) -> str:
     """The text shortened or padded to a width in columns."""
-    if display_width(text) > width:
-        while text and display_width(text) > width - 1:
-            text = text[:-1]
-        text += "\u2026"
+    while display_width(text) > width:
+        text = text[:-2] + "\u2026"
     padding = " " * (width - display_width(text))
     return padding + text if right else text + padding
 
@@ -220,7 +223,6 @@ class Console(logging.Handler):
         self.color = self.terminal and not os.environ.get("NO_COLOR")
         self.live = False  # A live line is on the screen.
 
-    @property
     def width(self) -> int:
         """Columns of stderr's terminal (stdout may be captured); LOG_WIDTH if it is none."""
         with contextlib.suppress(OSError):
@@ -241,7 +243,7 @@ class Console(logging.Handler):
         self.live = self.terminal and level in (LIVE, STEP)
         code, prefix = STYLES.get(level, ("", ""))
         first, *rest = (prefix + text).split("\n")
-        first = fit(first, self.width - 1).rstrip() if self.live else first
+        first = fit(first, self.width() - 1).rstrip() if self.live else first
         first = f"\x1b[{code}m{first}\x1b[m" if code and self.color else first
         if self.live:
             return f"\r{first}\x1b[K"
@@ -252,6 +254,8 @@ class Console(logging.Handler):
 
 
 # --- Signals ---
+
+KEPT = "CircleCI keeps working on the export. Run the same command to collect it."
 
 
 class Interruption:
@@ -267,10 +271,19 @@ class Interruption:
         self.succeeded = False  # The report is published and its path is printed.
         self.advice = "Run the same command to start again."
 
-    def handle(self, number: int, frame: object = None) -> None:
+    def handle(self, number: int = 0, frame: object = None) -> None:
         self.received = self.received or number
-        if not self.held:
-            self.end()
+        if self.held or not self.received:
+            return
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        if self.succeeded:
+            os._exit(0)
+        text = KEPT if keeps_export(self.folder) else self.advice
+        with contextlib.suppress(OSError):  # skip logging: the interrupted code may hold its locks
+            line = self.console.render(logging.CRITICAL, f"Interrupted. {text}")
+            os.write(self.console.stream.fileno(), line.encode())
+        os._exit(128 + self.received)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -278,84 +291,61 @@ class Interruption:
         self.held = True
         try:
             yield
-        except Exception as error:
-            if self.received:  # What happened would be lost: the run ends here.
-                log.error("%s", error)
-            raise
         finally:
             self.held = False
-            if self.received:
-                self.end()
-
-    def end(self) -> NoReturn:
-        catch_signals(signal.SIG_IGN)
-        if self.succeeded:
-            os._exit(0)
-        text = self.advice
-        with contextlib.suppress(OSError):
-            if self.folder and holds_export(self.folder):
-                text = "CircleCI keeps working on the export. Run the same command to collect it."
-            elif self.folder:
-                remove_folder(self.folder)
-        with contextlib.suppress(OSError):  # skip logging: the interrupted code may hold its locks
-            line = self.console.render(logging.CRITICAL, f"Interrupted. {text}")
-            os.write(self.console.stream.fileno(), line.encode())
-        os._exit(128 + self.received)
+            self.handle()
 
 
 # --- Settings: a flag, else the environment, else .env ---
 
-VARIABLES = ["CIRCLE_TOKEN", "PRIMARY_ORG_ID", "START_DATE", "END_DATE", "SHARED_ORG_IDS"]
-VARIABLES += ["CIRCLECI_BASE_URL"]
 PERIODS = ["yesterday", "last-7-days", "this-month", "last-month"]
-HELP = """\
-settings, from the environment or from .env next to the script:
-  CIRCLE_TOKEN          personal API token, required
-  PRIMARY_ORG_ID        UUID of the organization that owns the plan, required;
-                        leave it empty to list your organizations
-  START_DATE, END_DATE  the time window, unless set by flags
-  SHARED_ORG_IDS        comma-separated UUIDs of the organizations to include,
-                        instead of asking CircleCI who shares the plan
-  CIRCLECI_BASE_URL     default: https://circleci.com
-
-exit codes: 0 done, 1 failed, 2 invalid setting, 3 no usage, 75 not finished,
-130/143/129 interrupted; after 75 or an interruption, run the same command
-to resume
-"""
-
-
-class Setting(NamedTuple):
-    value: str
-    name: str  # the flag or variable, for messages
-    source: str = ""  # of a variable: "the environment" or a path
-
-
-class Window(NamedTuple):
-    start: datetime
-    end: datetime  # as requested from CircleCI: not in the future
-    wanted_end: datetime  # as the user gave it
+EXAMPLE = "b9291e0d-a11e-41fb-8517-c545388b5953"
+HOST = r"https://([a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*|\[[0-9a-f:]+\])"
+LOOPBACK = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
+ISO = "%Y-%m-%dT%H:%M:%SZ"  # times in UTC
+VARIABLES = {  # What each must match, and what it must be: for --help, and if a value is invalid
+    "CIRCLE_TOKEN": ("[!-~]+", "a personal API token, such as CCIPAT_... (required)"),
+    "PRIMARY_ORG_ID": (
+        UUID,
+        f"the UUID of the organization that owns the plan, such as {EXAMPLE} "
+        "(leave it empty to list your organizations)",
+    ),
+    "START_DATE": (".*", "the first day, if neither --start nor --period is given"),
+    "END_DATE": (".*", "the last day, if neither --end nor --period is given"),
+    "SHARED_ORG_IDS": (
+        rf"({UUID}|\s|,)*",
+        f"UUIDs of organizations, such as {EXAMPLE}, separated by commas "
+        "(leave it empty to include all on the plan)",
+    ),
+    "CIRCLECI_BASE_URL": (
+        rf"({HOST}|{LOOPBACK})(:[1-6]?[0-9]{{1,4}})?/?",
+        "https:// and a host name, such as https://circleci.com, the default "
+        "(http:// works only for localhost)",
+    ),
+}
 
 
 class Settings(NamedTuple):
-    token: Setting
+    token: str
+    token_source: str  # "the environment" or the path of .env
     base_url: str
     output: Path
     primary: str  # organization ID; empty: list the choices
     shared: list[str]  # organization IDs; empty: ask the API
     job_id: str  # of an existing export; empty: request one
-    window: Window | None  # None with a job ID or without a primary
-
-
-def invalid(text: str) -> ReportError:
-    return ReportError(text, INVALID)
+    start: str = ""  # in ISO format, which sorts by time; no window with a job ID
+    end: str = ""  # as requested from CircleCI: not in the future
+    wanted_end: str = ""  # as the user gave it
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags. Exits with 0 after --help and --version, with 2 if a flag is invalid."""
+    texts = (f"{name}: {text}" for name, (_, text) in VARIABLES.items())
     parser = argparse.ArgumentParser(
         prog="usage_report.py",
-        description="Write one CSV of CircleCI usage for every organization on a plan.",
-        epilog=HELP,
+        description=__doc__,
+        epilog="Settings, from the environment or from .env next to the script:\n\n"
+        + "\n".join(textwrap.fill(text, 80, subsequent_indent="  ") for text in texts),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -375,100 +365,74 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     volume.add_argument("-v", "--verbose", action="store_true", help="show every request")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0].lstrip("-")
+    if unknown:  # Values are not shown: one may be a misplaced token.
+        flag, word = unknown[0].split("=")[0], unknown[0].lstrip("-")
         flags = ["--" + name.replace("_", "-") for name in vars(args)]
-        similar = difflib.get_close_matches("--" + word, flags, n=1) or ["--help"]
+        similar = (difflib.get_close_matches(flag, flags, n=1) or ["--help"])[0]
         if word in PERIODS or re.fullmatch("[0-9]{4}-[0-9]{2}", word):
-            similar = [f"--period {word}"]
-        # Values are not shown: one may be a misplaced token.
-        flag = " " + clean(unknown[0].split("=")[0]) if unknown[0].startswith("-") else ""
-        parser.error(f"unknown argument{flag}. Did you mean {similar[0]}?")
+            similar = f"--period {word}"
+        flag = f" {clean(flag)}" if flag.startswith("-") else ""
+        parser.error(f"unknown argument{flag}. Did you mean {similar}?")
     return args
 
 
-def load_settings(args: argparse.Namespace, values: Mapping[str, Setting]) -> Settings:
-    """All settings, validated. Raises ReportError for the first invalid one."""
-    token = values["CIRCLE_TOKEN"]
-    if token.value in ("", PLACEHOLDER) or not re.fullmatch("[!-~]+", token.value):
-        problem = "is not set" if token.value in ("", PLACEHOLDER) else "has an invalid character"
-        how = "In CircleCI > User Settings > Personal API Tokens, create a token such as CCIPAT_..."
-        raise invalid(f"CIRCLE_TOKEN {problem}. {how}, then set CIRCLE_TOKEN in {token.source}.")
-    job_id = check_uuid("--job-id", args.job_id, "Copy it from the run that requested it.")
-    where = "Leave PRIMARY_ORG_ID empty to list your organizations."
-    primary = check_uuid("PRIMARY_ORG_ID", values["PRIMARY_ORG_ID"].value, where)
-    entries = enumerate(values["SHARED_ORG_IDS"].value.split(","), 1)
-    shared = [check_uuid(f"Entry {n} of SHARED_ORG_IDS", text, where) for n, text in entries]
-    base_url = check_base_url(values["CIRCLECI_BASE_URL"].value or "https://circleci.com")
-    output = check_output(Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute())
-    window = None
-    if args.start or args.end or args.period or (primary and not job_id):
-        window = choose_window(args.period, values["START_DATE"], values["END_DATE"])
-    window = None if job_id else window
-    return Settings(token, base_url, output, primary, list(filter(None, shared)), job_id, window)
-
-
-def read_variables(args: argparse.Namespace) -> dict[str, Setting]:
-    """The variables by name, overridden by --start and --end, not validated yet."""
-    env_file = Path(args.env_file or SCRIPT_FOLDER / ".env").absolute()
+def read_variables(env_file: Path, required: bool) -> dict[str, str]:
+    """The variables by name, from the environment or else from the file; "" if not set."""
     in_file: Mapping[str, str | None] = {}
-    if args.env_file or env_file.exists():
+    if required or env_file.exists():
         try:
             # utf-8-sig: some editors write a BOM. No interpolation: a $ in a token is just a $.
             text = env_file.read_text("utf-8-sig")
             in_file = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8; save it as UTF-8"
+            reason = getattr(error, "strerror", "not UTF-8; save it as UTF-8")
             hint = "Copy .env.example to .env, or correct --env-file."
-            raise invalid(f"Cannot read {env_file}: {reason}. {hint}") from None
-    found = {}
-    for name in VARIABLES:
-        from_environment = os.environ.get(name, "").strip()
-        source = "the environment" if from_environment else str(env_file)
-        found[name] = Setting(from_environment or (in_file.get(name) or "").strip(), name, source)
-    if args.start:
-        found["START_DATE"] = Setting(args.start, "--start")
-    if args.end:
-        found["END_DATE"] = Setting(args.end, "--end")
-    return found
+            require(False, f"Cannot read {env_file}: {reason}. {hint}")
+    values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
+    return {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
 
 
-def check_uuid(name: str, text: str, where: str) -> str:
-    """The UUID in lower case, or "". The text is not shown: it may be a misplaced token."""
-    text = text.strip().lower()
-    if text and not re.fullmatch(UUID, text):
-        example = "b9291e0d-a11e-41fb-8517-c545388b5953"
-        raise invalid(f"{name} must be a UUID, such as {example}. {where}")
-    return text
-
-
-def check_base_url(url: str) -> str:
-    secure = r"https://([a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*|\[[0-9a-f:]+\])"
-    loopback = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
-    if not re.fullmatch(rf"({secure}|{loopback})(:[1-6]?[0-9]{{1,4}})?/?", url.lower()):
-        text = "CIRCLECI_BASE_URL must be https:// and a host name, such as https://circleci.com"
-        raise invalid(f"{text} (http:// works only for localhost).")
-    return url.lower().rstrip("/")
+def load_settings(args: argparse.Namespace) -> Settings:
+    """All settings, validated. Raises ReportError for the first invalid one."""
+    env_file = Path(args.env_file or SCRIPT_FOLDER / ".env").absolute()
+    values = read_variables(env_file, required=bool(args.env_file))
+    token, job_id = values["CIRCLE_TOKEN"], args.job_id.lower()
+    SECRETS.add(token)
+    source = "the environment" if os.environ.get("CIRCLE_TOKEN", "").strip() else str(env_file)
+    how = "In CircleCI > User Settings > Personal API Tokens, create a token such as CCIPAT_..."
+    text = f"CIRCLE_TOKEN is not set. {how}, then set CIRCLE_TOKEN in {source}."
+    require(token not in ("", PLACEHOLDER), text)
+    for name, (pattern, text) in VARIABLES.items():  # A value is not shown: it may be a token.
+        valid = not values[name] or re.fullmatch(pattern, values[name], re.IGNORECASE)
+        require(valid, f"{name} must be {text}.")
+    valid = not job_id or re.fullmatch(UUID, job_id)
+    require(
+        valid,
+        f"--job-id must be a UUID, such as {EXAMPLE}. Copy it from the run that requested it.",
+    )
+    output = check_output(Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute())
+    base_url = (values["CIRCLECI_BASE_URL"] or "https://circleci.com").lower().rstrip("/")
+    primary, shared = values["PRIMARY_ORG_ID"].lower(), values["SHARED_ORG_IDS"].lower()
+    window: tuple[str, ...] = ()
+    if args.start or args.end or args.period or (primary and not job_id):
+        window = choose_window(args, values)
+    window = () if job_id else window
+    return Settings(
+        token, source, base_url, output, primary, re.findall(UUID, shared), job_id, *window
+    )
 
 
 def check_output(folder: Path) -> Path:
+    """The folder, created if need be. Raises OSError if the disk is full."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # a full disk or quota
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        hint = "Use --output-dir with another folder, such as --output-dir reports"
-        raise invalid(f"Cannot write to the output folder {folder}. {hint}")
+    hint = "Use --output-dir with another folder, such as --output-dir reports"
+    valid = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+    require(valid, f"Cannot write to the output folder {folder}. {hint}")
     return folder
-
-
-def utc_now() -> datetime:
-    return datetime.fromtimestamp(int(time.time()), timezone.utc)
-
-
-def iso(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def months_back(day: date, months: int) -> date:
@@ -480,65 +444,60 @@ def months_back(day: date, months: int) -> date:
 def period_days(period: str, today: date) -> tuple[date, date]:
     """First and last day of a --period: whole UTC days, none later than yesterday."""
     yesterday, first = today - timedelta(days=1), today.replace(day=1)
-    month = months_back(first, 1)
+    last_month = months_back(first, 1)
     if period in ("yesterday", "last-7-days"):
         return (yesterday if period == "yesterday" else today - timedelta(days=7)), yesterday
-    if period == "last-month":
-        first = month
-    elif re.fullmatch("[1-9][0-9]{3}-(0[1-9]|1[0-2])", period):
+    if re.fullmatch("[1-9][0-9]{3}-(0[1-9]|1[0-2])", period):
         first = date(int(period[:4]), int(period[5:]), 1)
-    elif period != "this-month":
-        choices = f"{', '.join(PERIODS)}, or a month such as {month:%Y-%m}"
-        raise invalid(f"--period must be {choices}, not {clean(period)}.")
-    last = min(yesterday, first.replace(day=calendar.monthrange(first.year, first.month)[1]))
-    if first > last:
-        raise invalid(f"--period {period} has no complete day yet. Use last-month.")
+    else:
+        choices = f"{', '.join(PERIODS)}, or a month such as {last_month:%Y-%m}"
+        require(period in PERIODS, f"--period must be {choices}, not {clean(period)}.")
+        first = last_month if period == "last-month" else first
+    last = min(yesterday, months_back(first, -1) - timedelta(days=1))
+    require(first <= last, f"--period {period} has no complete day yet. Use last-month.")
     return first, last
 
 
-def choose_window(period: str, start: Setting, end: Setting) -> Window:
-    """The window of --period, or else from start to end. Cuts an end that is in the future."""
-    now = utc_now()
-    days = period_days("last-month", now.date())
-    if period:
-        if "--start" in start or "--end" in end:
-            text = "--period cannot be combined with --start or --end."
-            raise invalid(f"{text} Use --period, or --start and --end.")
-        start, end = (Setting(str(day), "--period") for day in period_days(period, now.date()))
-    first, wanted_end = parse_time(start, "T00:00:00Z", days), parse_time(end, "T23:59:59Z", days)
-    last = now - timedelta(minutes=1) if wanted_end > now else wanted_end
-    oldest, yesterday = months_back(now.date(), HISTORY_MONTHS), now.date() - timedelta(days=1)
-    given = f"--period {period}" if period else f"{start.name} {start.value}"
-    both, example = f"{given} to {end.name} {end.value}", "{} to {}".format(*days)
-    if first >= wanted_end:
-        raise invalid(f"{both}: the start must be before the end, such as {example}.")
-    if first >= last:
-        raise invalid(f"{given} is in the future. Use {yesterday} or earlier.")
-    if first.date() < oldest:
-        choice = f"{months_back(oldest, -1):%Y-%m}" if period else oldest
-        limit = f"CircleCI keeps {HISTORY_MONTHS} months of usage"
-        raise invalid(f"{given} is too old: {limit}. Use {choice} or later.")
-    if last - first > timedelta(days=MAX_WINDOW_DAYS):
-        raise invalid(
-            f"{both}: an export covers at most {MAX_WINDOW_DAYS} days, such as {example}."
-        )
-    if last < wanted_end:
-        log.warning("%s %s is in the future. Using %s.", end.name, end.value, iso(last))
-    return Window(first, last, wanted_end)
-
-
-def parse_time(setting: Setting, time_of_day: str, days: tuple[date, date]) -> datetime:
+def parse_time(name: str, value: str, time_of_day: str, days: tuple[date, date]) -> datetime:
     """A time in UTC; a plain date gets `time_of_day`. `days` is an example window."""
-    name, value = setting.name, setting.value
-    if not value:
-        hint = f"Use --period last-month, or --start {days[0]} --end {days[1]}"
-        raise invalid(f"{name} is not set. {hint}")
+    hint = f"Use --period last-month, or --start {days[0]} --end {days[1]}"
+    require(value, f"{name} is not set. {hint}")
+    text = value if "T" in value else value + time_of_day
     with contextlib.suppress(ValueError):
-        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}:[0-9]{2}Z)?", value):
-            text = value if "T" in value else value + time_of_day
-            return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
-    example = f"Use a UTC date such as {days[0]} or {days[0]}T00:00:00Z."
-    raise invalid(f"{name} {clean(value)} is not a valid date. {example}")
+        moment = datetime.strptime(text, ISO).replace(tzinfo=timezone.utc)
+        if moment.strftime(ISO) == text:  # strptime also accepts 2026-9-1.
+            return moment
+    hint = f"Use a UTC date such as {days[0]} or {days[0]}T00:00:00Z."
+    raise ReportError(f"{name} {clean(value)} is not a valid date. {hint}", INVALID)
+
+
+def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> tuple[str, ...]:
+    """Start, end, and wanted end: of --period, or as set. The end is cut if it is in the future."""
+    now = datetime.fromtimestamp(int(time.time()), timezone.utc)
+    days = period_days("last-month", now.date())
+    start_name, start = ("--start" if args.start else "START_DATE"), args.start
+    end_name, end = ("--end" if args.end else "END_DATE"), args.end
+    start, end = start or values["START_DATE"], end or values["END_DATE"]
+    given = f"{start_name} {start} to {end_name} {end}"
+    if args.period:
+        text = "--period cannot be combined with --start or --end."
+        require(not args.start and not args.end, f"{text} Use --period, or --start and --end.")
+        start, end = map(str, period_days(args.period, now.date()))
+        start_name, end_name, given = "--period", "--period", f"--period {args.period}"
+    first = parse_time(start_name, start, "T00:00:00Z", days)
+    wanted_end = parse_time(end_name, end, "T23:59:59Z", days)
+    last = wanted_end if wanted_end <= now else now - timedelta(minutes=1)
+    oldest, yesterday = months_back(now.date(), HISTORY_MONTHS), now.date() - timedelta(days=1)
+    example, keeps = f"{days[0]} to {days[1]}", f"CircleCI keeps {HISTORY_MONTHS} months of usage"
+    require(first < wanted_end, f"{given}: the start must be before the end, such as {example}.")
+    require(first < last, f"{given} starts in the future. Use {yesterday} or earlier.")
+    choice = f"{months_back(oldest, -1):%Y-%m}" if args.period else oldest
+    require(first.date() >= oldest, f"{given} is too old: {keeps}. Use {choice} or later.")
+    short = last - first <= timedelta(days=MAX_WINDOW_DAYS)
+    require(short, f"{given}: an export covers at most {MAX_WINDOW_DAYS} days, such as {example}.")
+    if last < wanted_end:
+        log.warning("%s %s is in the future. Using %s.", end_name, end, last.strftime(ISO))
+    return tuple(moment.strftime(ISO) for moment in (first, last, wanted_end))
 
 
 # --- Requests: sent in one place, with limits on time and size ---
@@ -606,58 +565,47 @@ def rate_limit_seconds(headers: Mapping[str, str]) -> float:
     return float(reset) if re.fullmatch("[0-9]{1,5}", reset) else HOUR / GETS_PER_HOUR
 
 
-class Clock:
-    """Unix time that never runs backward: setting back the computer's clock delays nothing."""
-
-    def __init__(self) -> None:
-        self.latest, self.set_back = 0.0, 0.0
-
-    def now(self) -> float:
-        wall = time.time()
-        self.set_back += max(0.0, self.latest - wall)
-        self.latest = wall
-        return wall + self.set_back
-
-    def sleep(self, seconds: float, show: Callable[[float], None]) -> None:
-        """Sleep, calling show(seconds left) every second. Sleeps in slices, because time.sleep does
-        not count the time a laptop is asleep."""
-        due = self.now() + seconds
-        left = seconds
-        while left > 0:
-            show(left)
-            time.sleep(min(left, 1))
-            left = due - self.now()
+def sleep(seconds: float, text: str) -> None:
+    """Sleep, showing the text and the time left. In slices: a clock that is set back delays
+    nothing, and the time that a laptop is asleep counts, too."""
+    while seconds > 0:
+        log.log(LIVE, "%s %s", text, format_duration(seconds))
+        started, pause = time.time(), min(seconds, 1)
+        time.sleep(pause)
+        seconds -= max(pause, time.time() - started)
 
 
-def retry(action: Callable[[], T], repeat_sent: bool = True) -> T:
-    """What action() returns. After a RetryableError, tries up to 5 more times with growing pauses;
-    waits for the rate limit up to PATIENCE. Raises the last error. Unless `repeat_sent`, an action
-    is not repeated if its request may have been sent."""
-    tries, failures, waited = 0, 0, 0.0
+def retry(
+    action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES, max_sent: float = math.inf
+) -> T:
+    """What action() returns. Repeats it after a RetryableError, with a pause before each retry, and
+    whenever the rate limit allows, up to PATIENCE. Raises the last error if no pause is left, or if
+    `max_sent` requests may have been sent."""
+    tries, failures, sent, waited = 0, 0, 0, 0.0
     while True:
         try:
             return action()
         except RetryableError as error:
             tries, failures = tries + 1, failures + (error.wait is None)
-            pause = max(RETRY_PAUSES[min(tries, len(RETRY_PAUSES)) - 1], error.wait or 0)
-            waited += pause
-            final = failures > len(RETRY_PAUSES) or waited > PATIENCE
-            if final or (error.sent and not repeat_sent):
+            pause = max(pauses[min(tries, len(pauses)) - 1], error.wait or 0)
+            sent, waited = sent + error.sent, waited + pause
+            if failures > len(pauses) or sent >= max_sent or waited > PATIENCE:
                 raise
-            log.warning("%s Retrying in %s.", error, format_duration(pause))
-        Clock().sleep(pause, lambda left: log.log(LIVE, "Retrying in %s", format_duration(left)))
+            when = f" in {format_duration(pause)}" if error.wait is not None else ""
+            log.warning("%s Retrying%s.", error, when)
+        sleep(pause, "Retrying in")
 
 
 class Api:
     """CircleCI's API. The token goes to the host of base_url and nowhere else."""
 
     def __init__(self, settings: Settings) -> None:
-        self.base_url, self.token = settings.base_url, settings.token.value
+        self.base_url, self.token = settings.base_url, settings.token
         self.exports = f"/api/v2/organizations/{settings.primary}/usage_export_job"
         used = ["PRIMARY_ORG_ID"] + ["SHARED_ORG_IDS"] * bool(settings.shared)
         used += ["--job-id"] * bool(settings.job_id)
         limits = f"at most {MAX_WINDOW_DAYS} days and start at most {HISTORY_MONTHS} months ago"
-        source = settings.token.source
+        source = settings.token_source
         self.next_steps = {
             400: f"The window must cover {limits}.",
             401: f"CIRCLE_TOKEN in {source} is invalid or expired. Create a new one.",
@@ -665,13 +613,17 @@ class Api:
             404: f"Check {' and '.join(used)}. The owner of CIRCLE_TOKEN must have access.",
         }
 
-    def request(self, method: str, path: str, body: object = None) -> Any:
-        """The JSON of the response. Raises RetryableError, or ReportError with the HTTP status."""
-        what, url, started = f"{method} {path}", self.base_url + path, time.time()
+    def get(self, path: str, parse: Callable[[Any], T]) -> T:
+        return retry(partial(self.request, "GET", path, parse))
+
+    def request(self, method: str, path: str, parse: Callable[[Any], T], body: object = None) -> T:
+        """What parse() makes of the JSON of the response. Raises RetryableError, also if the data
+        has another shape, or ReportError with the HTTP status."""
+        what, started = f"{method} {path}", time.time()
 
         def exchange() -> tuple[requests.Response, bytes]:
-            content = bytearray()
-            with contextlib.closing(send(method, url, self.token, body)) as response:
+            response, content = send(method, self.base_url + path, self.token, body), bytearray()
+            with contextlib.closing(response):
                 for block in response.iter_content(1 << 14):
                     content += block
                     if len(content) > ANSWER_BYTES:
@@ -683,50 +635,49 @@ class Api:
         except (OSError, *NETWORK_ERRORS) as error:  # OSError: a CA bundle that does not exist
             sent, reason = explain_failure(error)
             text = f"{what} failed: {reason}. Server: {self.base_url}."
-            raise RetryableError(text, UNFINISHED, sent) from None
-        log.debug("%s: %d after %.1f s", what, response.status_code, time.time() - started)
+            raise RetryableError(text, UNFINISHED, sent=sent) from None
+        status, message = response.status_code, None
+        log.debug("%s: %d after %.1f s", what, status, time.time() - started)
         try:
             answer = json.loads(content)
-        except (ValueError, RecursionError):
-            answer = None
-        self.check(response, what, answer)
-        return answer
-
-    def check(self, response: requests.Response, what: str, answer: object) -> None:
-        """Raises the error for a response other than JSON with a 2xx status."""
-        status = response.status_code
-        message = answer.get("message") if isinstance(answer, dict) else None
-        message = clean(message or response.reason or "no message").rstrip(".")
-        text = f"{what} failed with {status}: {message}."
+            if 200 <= status < 300:
+                return parse(answer)
+            message = answer.get("message")
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            if 200 <= status < 300:
+                text = (
+                    f"{what} returned unexpected data. Check for a proxy or login page in between."
+                )
+                raise RetryableError(text, FAILED) from None
+        text = f"{what} failed with {status}: "
+        text += clean(message or response.reason or "no message").rstrip(".") + "."
         if status == 429:
             wait = rate_limit_seconds(response.headers)
             raise RetryableError(text, UNFINISHED, sent=False, wait=wait)
         if status == 408 or status >= 500:
             raise RetryableError(text, UNFINISHED)
-        if not 200 <= status < 300:
-            raise ReportError(f"{text} {self.next_steps.get(status, '')}".strip(), status=status)
-        if answer is None:
-            text = f"{what} did not return JSON. Check for a proxy or login page in between."
-            raise RetryableError(text, FAILED)
+        raise ReportError(f"{text} {self.next_steps.get(status, '')}".strip(), status=status)
 
 
 # --- Organizations ---
 
 
-def signed_in_user(api: Api) -> str:
-    me = retry(lambda: api.request("GET", "/api/v2/me"))
-    if not isinstance(me, dict) or not me.get("login"):
-        raise ReportError(f"GET /api/v2/me returned no user. Check the server: {api.base_url}")
-    return f"{clean(me.get('name') or '-')} ({clean(me['login'])})"
+def parse_uuid(text: Any) -> str:
+    """The UUID in lower case. Raises AttributeError or ValueError if it is not one."""
+    if not re.fullmatch(UUID, text.lower()):
+        raise ValueError
+    return str(text.lower())
 
 
 def list_collaborations(api: Api) -> list[list[str]]:
     """Name, slug, and ID of each of the token owner's organizations. Skips those without an ID."""
-    path = "/api/v2/me/collaborations"
-    found = retry(lambda: api.request("GET", path))
-    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        raise ReportError(f"GET {path} did not return a list. Check the server: {api.base_url}")
-    rows = [[clean(entry.get(key) or "-") for key in ("name", "slug", "id")] for entry in found]
+
+    def parse(answer: Any) -> list[list[str]]:
+        return [
+            [clean(entry.get(key) or "-") for key in ("name", "slug", "id")] for entry in answer
+        ]
+
+    rows = api.get("/api/v2/me/collaborations", parse)
     return [row for row in rows if re.fullmatch(UUID, row[2].lower())]
 
 
@@ -735,9 +686,8 @@ def primary_question(api: Api, width: int) -> str:
     rows = list_collaborations(api)
     if not rows:
         raise ReportError("The owner of CIRCLE_TOKEN has no organizations. Use another token.")
-    question = (
-        "Which organization owns the plan?" if len(rows) > 1 else "There is one organization."
-    )
+    question = "Which organization owns the plan?"
+    question = question if len(rows) > 1 else "There is one organization."
     question += " Set PRIMARY_ORG_ID to its ID and run the same command again."
     return question + "\n" + format_table([["NAME", "SLUG", "ID"], *rows], 3, width)
 
@@ -745,18 +695,18 @@ def primary_question(api: Api, width: int) -> str:
 def find_organizations(api: Api, settings: Settings) -> dict[str, str]:
     """Name by ID of every organization on the plan, the primary first. An unclear response is
     an error, because a report on the primary alone could look complete."""
-    path = f"/private/orgs/{settings.primary}/plan/shares-for"  # undocumented; seen in public code
+
+    def parse(answer: Any) -> dict[str, str]:
+        if not isinstance(answer["orgs"], list):
+            raise TypeError
+        return {parse_uuid(entry["id"]): clean(entry.get("name") or "") for entry in answer["orgs"]}
+
     found = dict.fromkeys(settings.shared, "")
     if not found and not settings.job_id:
-        workaround = "Workaround: set SHARED_ORG_IDS to the IDs of the organizations."
-        try:
-            listed = retry(lambda: api.request("GET", path))["orgs"]
-            found = {entry["id"].lower(): clean(entry.get("name") or "") for entry in listed}
-            if not isinstance(listed, list) or not all(re.fullmatch(UUID, key) for key in found):
-                raise TypeError
-        except (AttributeError, KeyError, TypeError):
-            raise ReportError(f"GET {path} did not list organizations. {workaround}") from None
+        try:  # an undocumented endpoint, seen in public code
+            found = api.get(f"/private/orgs/{settings.primary}/plan/shares-for", parse)
         except ReportError as error:
+            workaround = "Workaround: set SHARED_ORG_IDS to the IDs of the organizations."
             raise ReportError(f"{error} {workaround}", error.code) from None
         if not found:
             log.info("The plan is not shared. The report covers only the primary organization.")
@@ -789,26 +739,8 @@ def flush_folder(folder: Path) -> None:
     """Make a new file name survive a power failure, if the system can do that (Windows cannot)."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def acquire_lock(file: BinaryIO, path: Path) -> bool:
-    """False if another run holds the lock. The lock ends when the process does."""
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Not ours if another run has just removed the folder.
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except (BlockingIOError, PermissionError, FileNotFoundError):
-        return False
-    except OSError as error:
-        log.warning("Cannot lock %s (%s). Do not start a parallel run.", path, error.strerror)
-        return True
+        os.fsync(handle)
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -816,9 +748,17 @@ def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
     """Lock an export's folder for this run. Removes it if it holds no export at the end."""
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "a+b") as file:
-        if not acquire_lock(file, folder / "lock"):
-            text = f"Another run is working on this export (lock: {folder / 'lock'})."
-            raise ReportError(f"{text} Wait until it ends.")
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            text = f"Another run is working on this export (lock: {file.name})."
+            raise ReportError(f"{text} Wait until it ends.") from None
+        except OSError as error:
+            text = "Cannot lock %s (%s). Do not start a parallel run."
+            log.warning(text, file.name, error.strerror)
         interruption.folder = folder
         try:
             yield
@@ -826,31 +766,30 @@ def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
             remove_folder(folder)
             raise
         finally:
-            if not holds_export(folder):
-                remove_folder(folder)
-    if sys.platform == "win32" and not holds_export(folder):
-        remove_folder(folder)  # Windows cannot remove an open file.
+            keeps_export(folder)
+    if sys.platform == "win32":
+        keeps_export(folder)  # Windows cannot remove an open file.
 
 
-def holds_export(folder: Path) -> bool:
+def keeps_export(folder: Path | None) -> bool:
+    """Whether the folder holds an export. Removes the folder if not."""
     try:
-        return load_export(folder) is not None
+        if folder and load_export(folder):
+            return True
     except OSError:  # not readable now, but it may hold one
         return True
+    if folder:
+        remove_folder(folder)
+    return False
 
 
 def remove_folder(folder: Path) -> None:
+    """Remove an export's folder: the state after what it describes, and the lock last."""
+    names = {"lock": 2, STATE: 1}
     with contextlib.suppress(OSError):
-        remove_files(folder)
-        (folder / "lock").unlink()
-        folder.rmdir()
-
-
-def remove_files(folder: Path) -> None:
-    """Remove all files but the lock, and the state last: it tells the next run about the rest."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == STATE):
-        if path.name != "lock":
+        for path in sorted(folder.iterdir(), key=lambda path: names.get(path.name, 0)):
             path.unlink()
+        folder.rmdir()
 
 
 # --- The export job and its state on disk ---
@@ -866,7 +805,8 @@ class Export:
     end: str = ""  # as requested; "" if not known
     requested_at: float | None = None  # unix seconds; None if not known
     polls: list[float] = field(default_factory=list)  # unix seconds of the organization's last GETs
-    completed: bool = False  # CircleCI has reported "completed".
+    completed: bool = False  # CircleCI has returned download links.
+    parts: list[str] = field(default_factory=list)  # file names; empty if not known
     report: str = ""  # the report's name, recorded before it is published
     plain: bool = False  # whether that report is plain CSV
 
@@ -875,43 +815,31 @@ class Export:
         with new_file(self.folder / STATE) as file:
             file.write(json.dumps(record).encode())
 
-    def published_report(self, plain: bool) -> Path | None:
-        """The report, if an earlier run has published it."""
-        report = self.folder.parent / self.report
-        return report if self.report and self.plain == plain and report.exists() else None
-
-    def age(self, now: float) -> float | None:
-        """Seconds since the POST; None if not known."""
-        return now - self.requested_at if self.requested_at else None
+    def age(self) -> str:
+        """How long ago the job was requested, as text; "" if not known."""
+        age = format_duration(time.time() - (self.requested_at or 0))
+        return f" after {age}" if self.requested_at else ""
 
 
 def load_export(folder: Path) -> Export | None:
-    """The export of an earlier run. Its job ID is used even if nothing else is readable."""
-    for name in (STATE, STATE + ".new"):  # the draft, if a run was killed just after the POST
+    """The export of an earlier run. If any value is damaged, or from another version, only its job
+    ID is used. None if there is no job ID."""
+    text, job_id = "", None
+    for name in (STATE + ".new", STATE):  # the draft, if a run was killed just after the POST
         with contextlib.suppress(FileNotFoundError):
             text = (folder / name).read_text("utf-8", errors="replace")
-            found = re.search(rf'(?i)"job_id"\s*:\s*"({UUID})"', text)
-            if found:
-                return read_state(folder, found[1].lower(), text)
-    return None
-
-
-def read_state(folder: Path, job_id: str, text: str) -> Export:
-    """The values of a state file; if any is damaged or from another version, only the job ID."""
-    now = time.time()
-    try:
-        export = Export(folder, **{**json.loads(text), "job_id": job_id})
-        times = [*export.polls, export.requested_at or now]
-        valid = all(type(at) in (int, float) and 0 < at < now + 86400 for at in times)  # no NaN
-        valid = valid and bool(re.fullmatch("([0-9-]{10}T[0-9:]{8}Z)?", export.end))
-        if not valid or not re.fullmatch(r"(all_orgs_[\w-]+\.csv)?", export.report):
-            raise ValueError
-    except (TypeError, ValueError, RecursionError):
-        return Export(folder, job_id)
-    # A clock that was set back in the meantime must not delay the next poll.
-    export.polls = sorted(min(at, now) for at in export.polls)[-GETS_PER_HOUR:]
-    export.requested_at = min(export.requested_at, now) if export.requested_at else None
-    return export
+            job_id = re.search(rf'(?i)"job_id"\s*:\s*"({UUID})"', text) or job_id
+    if not job_id:
+        return None
+    value = r"|[0-9-]{10}T[0-9:]{8}Z|all_orgs_[\w-]+\.csv|part-[\w-]+\.csv\.gz"
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        export = Export(folder, **{**json.loads(job_id.string), "job_id": job_id[1].lower()})
+        times = [*export.polls, export.requested_at or 1]
+        names = [export.end, export.report, *export.parts]
+        valid = all(type(at) in (int, float) and 0 < at < time.time() + 86400 for at in times)
+        if valid and all(re.fullmatch(value, name) for name in names):
+            return export
+    return Export(folder, job_id[1].lower())
 
 
 def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
@@ -923,17 +851,17 @@ def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
                 if export and export.job_id == settings.job_id:
                     return folder
     key = [settings.base_url, settings.primary, settings.job_id]
-    if settings.window:
-        key += [iso(settings.window.start), iso(settings.window.wanted_end), *sorted(organizations)]
+    if settings.start:
+        key += [settings.start, settings.wanted_end, *sorted(organizations)]
     return settings.output / f".export-{hashlib.sha256(' '.join(key).encode()).hexdigest()[:16]}"
 
 
 def resume_export(folder: Path, settings: Settings) -> Export | None:
     """The export of an earlier run, or of --job-id. None if a new one must be requested."""
-    export, window = load_export(folder), settings.window
+    export = load_export(folder)
     if not export:
         return Export(folder, settings.job_id) if settings.job_id else None
-    if window and window.end == window.wanted_end and "" < export.end < iso(window.end):
+    if settings.end == settings.wanted_end and "" < export.end < settings.end:
         log.warning("The earlier export ends at %s. Requesting the whole window.", export.end)
         return None
     log.info("Resuming export job %s from an earlier run.", export.job_id)
@@ -943,51 +871,41 @@ def resume_export(folder: Path, settings: Settings) -> Export | None:
 MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you can spend another."
 
 
-def read_job_id(answer: Any) -> str:
-    job_id = answer.get("usage_export_job_id") if isinstance(answer, dict) else None
-    if not isinstance(job_id, str) or not re.fullmatch(UUID, job_id.lower()):
-        raise RetryableError("The POST returned no valid job ID.", FAILED)
-    return job_id.lower()
-
-
 def request_export(
     api: Api, body: Mapping[str, Any], folder: Path, interruption: Interruption
 ) -> Export:
     """A new export job, its ID on disk. A POST with an unknown outcome may have started an export,
     and the API does not list exports. So it is sent at most once more."""
     earlier = load_export(folder)
-    polls = earlier.polls if earlier else []  # They count toward the rate limit.
-    remove_files(folder)
-    with new_file(folder / STATE) as file:
-        file.write(b"{}")  # A full disk fails here, before anything is spent.
+    draft = Export(folder, "", body["end"], polls=earlier.polls if earlier else [])
+    draft.save()  # A full disk fails here, before anything is spent.
+
+    def parse_job_id(answer: Any) -> str:
+        return parse_uuid(answer["usage_export_job_id"])
 
     def post() -> Export:
         with interruption.hold():
             requested_at = time.time()
             try:
-                job_id = read_job_id(api.request("POST", api.exports, body))
+                job_id = api.request("POST", api.exports, parse_job_id, body)
             except RetryableError as error:
                 interruption.advice = MAY_HAVE_STARTED if error.sent else interruption.advice
                 raise
-            export = Export(folder, job_id, body["end"], requested_at, polls)
+            export = replace(draft, job_id=job_id, requested_at=requested_at)
             try:
                 export.save()
             except OSError as error:
                 text = f"Cannot record the export job: {error.strerror}. Fix that and run the"
-                raise ReportError(f"{text} same command with --job-id {job_id}") from None
-        log.info("CircleCI started export job %s.", job_id)
+                interruption.advice = f"{text} same command with --job-id {export.job_id}"
+                raise ReportError(interruption.advice) from None
+        log.info("CircleCI started export job %s.", export.job_id)
         return export
 
     try:
-        return retry(post, repeat_sent=False)
+        return retry(post, POST_PAUSES, max_sent=2)
     except RetryableError as error:
-        if not error.sent:
+        if interruption.advice != MAY_HAVE_STARTED:
             raise
-        log.warning("%s It may have started an export. Sending the request once more.", error)
-        Clock().sleep(RETRY_PAUSES[-1], lambda left: None)
-    try:
-        return retry(post, repeat_sent=False)
-    except RetryableError as error:
         raise ReportError(f"{error} {MAY_HAVE_STARTED}") from None
 
 
@@ -998,6 +916,7 @@ def request_export(
 # after the POST, and GET 10 an hour after GET 0. So FIRST_POLL * GROWTH**10 = FIRST_POLL + HOUR.
 GROWTH: float = (HOUR / FIRST_POLL + 1) ** (1 / GETS_PER_HOUR)
 POLL_INTERVAL = HOUR / GETS_PER_HOUR  # after the first hour
+MAX_POLLS = GETS_PER_HOUR + math.ceil((PATIENCE - HOUR) / POLL_INTERVAL)
 
 
 def next_poll(requested_at: float | None, polls: Sequence[float], now: float) -> float:
@@ -1014,84 +933,56 @@ def earliest_poll(polls: Sequence[float]) -> float:
     return polls[-GETS_PER_HOUR] + HOUR if len(polls) >= GETS_PER_HOUR else 0
 
 
-def poll_job(api: Api, export: Export, clock: Clock) -> tuple[str, list[str], str]:
-    """One GET: the job's state, download links, and reason. Raises what Api.request raises."""
-    export.polls = [*export.polls, clock.now()][-GETS_PER_HOUR:]
+def parse_job(answer: Any) -> tuple[str, list[str], str]:
+    """The state, download links, and error reason of a job."""
+    state, links = answer["state"], answer.get("download_urls") or []
+    if not isinstance(state, str) or not all(re.fullmatch(LINK, link) for link in links):
+        raise ValueError
+    return clean(state), links, clean(answer.get("error_reason") or "no reason given").rstrip(".")
+
+
+def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str], str]:
+    """Wait until the next GET is due, send it, and return what parse_job returns. Raises what
+    Api.request raises; a 404 is retryable, because the job may be very new."""
+    now = time.time()
+    set_back = max([now, *export.polls]) - now  # by how much the clock was set back
+    export.polls = [at - set_back for at in export.polls]
+    export.requested_at = export.requested_at and export.requested_at - set_back
+    due = next_poll(export.requested_at, export.polls, now)
+    due = earliest_poll(export.polls) if export.completed else due
+    sleep(due - now, f"Export: {state}{export.age()}. Next check in")
+    export.polls = [*export.polls, max(due, time.time())][-GETS_PER_HOUR:]
     export.save()  # before the GET, which counts even if this run is killed before the response
     try:
-        answer = api.request("GET", f"{api.exports}/{export.job_id}")
+        job = api.request("GET", f"{api.exports}/{export.job_id}", parse_job)
+    except ReportError as error:
+        if error.status != 404:
+            raise
+        raise RetryableError(str(error), FAILED, status=404) from None
     finally:
-        export.polls[-1] = clock.now()  # the latest time CircleCI can have counted it
-    try:
-        state, links = answer["state"], answer.get("download_urls") or []
-        valid = isinstance(state, str) and isinstance(links, list)
-        valid = valid and all(re.fullmatch(LINK, link) for link in links)
-    except (AttributeError, KeyError, TypeError):
-        valid = False
-    if not valid:
-        text = "CircleCI returned no job state, or a download link that is not a URL."
-        raise RetryableError(text, FAILED)
-    export.completed = state == "completed"
-    return clean(state), links, clean(answer.get("error_reason") or "no reason given").rstrip(".")
+        export.polls[-1] = max(due, time.time())  # the latest time CircleCI can have counted it
+    export.completed = job[0] == "completed" and bool(job[1])
+    return job
 
 
 def wait_for_links(api: Api, export: Export) -> list[str]:
     """The download links of the job once it is completed. Raises ReportError if that takes longer
-    than the query limit plus a margin, NothingToCollect, or what Api.request raises."""
-    clock, state, failures, empty, not_before = Clock(), "requested", 0, 0, 0.0
-    # Counted in planned seconds, so a clock that jumps does not use it up.
-    patience = max(PATIENCE - (export.age(clock.now()) or 0), HOUR)
-    links_only = export.completed
-    while True:
-        due = next_poll(export.requested_at, export.polls, clock.now())
-        due = max(earliest_poll(export.polls) if links_only else due, not_before)
-        patience -= max(0.0, due - clock.now())
-        if patience < 0:
-            when = time.strftime("%H:%M %Z", time.localtime(due))
-            text = f"Export job {export.job_id} is still {state}. Run again after {when}."
-            raise ReportError(text, UNFINISHED)
-        clock.sleep(due - clock.now(), partial(show_wait, export, state, clock))
-        links_only = False
-        try:
-            state, links, reason = poll_job(api, export, clock)
-        except ReportError as error:
-            wait = error.wait if isinstance(error, RetryableError) else None
-            failures += wait is None
-            # A 404 may mean that the job is very new.
-            retryable = isinstance(error, RetryableError) or error.status == 404
-            if not retryable or failures > len(RETRY_PAUSES):
-                raise
-            not_before = clock.now() + (wait or 0)
-            log.warning(
-                "%s Checking again%s.", error, f" in {format_duration(wait)}" if wait else ""
-            )
-            continue
-        failures = 0
-        age = export.age(clock.now())
-        log.log(STEP, "Export: %s%s", state, f" after {format_duration(age)}" if age else "")
-        if links and state == "completed":
+    than the query limit plus a margin, NothingToCollect, or what poll_job raises."""
+    state, empty = "requested", 0
+    for _ in range(MAX_POLLS):
+        state, links, reason = retry(partial(poll_job, api, export, state))
+        log.log(STEP, "Export: %s%s", state, export.age())
+        if export.completed:
             return links
         empty += state == "completed"
-        check_state(state, reason, empty)
-
-
-def check_state(state: str, reason: str, empty: int) -> None:
-    """Raises NothingToCollect if waiting is pointless. `empty`: how often links were missing."""
-    if state == "failed":
-        hint = "Try a shorter window (--start, --end) or fewer organizations (SHARED_ORG_IDS)."
-        raise NothingToCollect(f"The export failed: {reason}. {hint}")
-    if empty == 3:  # Links can come late (CircleCI support), or there is no usage.
-        raise NothingToCollect("The export has no files: no usage in this window.", NO_USAGE)
-    if state not in ("created", "processing", "completed"):
-        log.warning("The export job has an unknown state: %s. Waiting.", state)
-
-
-def show_wait(export: Export, state: str, clock: Clock, left: float) -> None:
-    used = sum(at > clock.now() - 3600 for at in export.polls)
-    age = export.age(clock.now())
-    after = f", {format_duration(age)}" if age else ""
-    text = "Export: %s%s. Next check in %s (%d/%d used this hour)"
-    log.log(LIVE, text, state, after, format_duration(left), used, GETS_PER_HOUR)
+        if empty == 3:  # Links can come late (CircleCI support), or there is no usage.
+            raise NothingToCollect("The export has no files: no usage in this window.", NO_USAGE)
+        if state == "failed":
+            hint = "Try a shorter window (--start, --end) or fewer organizations (SHARED_ORG_IDS)."
+            raise NothingToCollect(f"The export failed: {reason}. {hint}")
+        if state not in ("created", "processing", "completed"):
+            log.warning("The export job has an unknown state: %s. Waiting.", state)
+    raise ReportError(f"Export job {export.job_id} is still {state}.", UNFINISHED)
 
 
 # --- Downloading the parts, which stay compressed and are verified as they arrive ---
@@ -1099,9 +990,9 @@ def show_wait(export: Export, state: str, clock: Clock, left: float) -> None:
 
 @dataclass
 class Part:
-    name: str  # in messages
+    number: int
     link: str  # signed
-    stem: Path  # of its file
+    path: Path
     received: int = 0  # bytes
     length: int | None = None  # bytes; None if not known
 
@@ -1126,49 +1017,33 @@ class Body(io.RawIOBase):
         return len(block)
 
 
-def part_stems(total: int, digest: str) -> list[str]:
-    return [f"part-{n:04}-of-{total:04}-{digest}" for n in range(1, total + 1)]
-
-
-def plan_parts(folder: Path, links: Sequence[str]) -> list[Part]:
-    """The parts of an export. Their file names stay the same when the links are signed again."""
-    paths = "\n".join(link.partition("?")[0] for link in links)
-    stems = part_stems(len(links), hashlib.sha256(paths.encode()).hexdigest()[:12])
-    return [
-        Part(f"Part {n} of {len(links)}", link, folder / stem)
-        for n, (link, stem) in enumerate(zip(links, stems), 1)
-    ]
-
-
-def downloaded_parts(folder: Path) -> dict[str, Path]:
-    """The parts on disk, in order, by the stem of their names. A name ends with the size: a file of
-    another size is damaged and is ignored."""
-    found = {}
-    for path in sorted(folder.glob("part-*.csv.gz")):
-        stem, _, size = path.name.partition(".")[0].rpartition("-")
-        if size == str(path.stat().st_size):
-            found[stem] = path
-    return found
+def is_complete(path: Path) -> bool:
+    """Whether a part is on disk. An empty file may be what a power failure has left."""
+    return path.exists() and path.stat().st_size > 0
 
 
 def collect_parts(api: Api, export: Export) -> list[Path]:
     """The complete parts in order. Those from an earlier run are not downloaded again."""
-    found = downloaded_parts(export.folder)
-    digests = {stem.rpartition("-")[2] for stem in found}
-    if found and list(found) in [part_stems(len(found), digest) for digest in digests]:
-        return list(found.values())
+    paths = [export.folder / name for name in export.parts]
+    if paths and all(map(is_complete, paths)):
+        return paths
     for _ in range(3):
-        parts = plan_parts(export.folder, wait_for_links(api, export))
+        links = wait_for_links(api, export)
+        # The names stay the same when the links are signed again.
+        digest = hashlib.sha256("\n".join(link.partition("?")[0] for link in links).encode())
+        export.parts = [
+            f"part-{n:04}-{digest.hexdigest()[:12]}.csv.gz" for n in range(1, len(links) + 1)
+        ]
         export.save()
+        paths = [export.folder / name for name in export.parts]
+        parts = [Part(n, *found) for n, found in enumerate(zip(links, paths), 1)]
         try:
-            download_parts([part for part in parts if part.stem.name not in found], len(parts))
-            found = downloaded_parts(export.folder)
-            return [found[part.stem.name] for part in parts]
+            download_parts([part for part in parts if not is_complete(part.path)], len(parts))
+            return paths
         except ReportError as error:
             if error.status not in LINK_EXPIRED:
                 raise
             log.warning("%s Asking CircleCI for new links.", error)
-            found = downloaded_parts(export.folder)
     raise ReportError("Downloads fail with new links, too. Check the network and HTTPS_PROXY.")
 
 
@@ -1179,9 +1054,9 @@ def download_parts(missing: Sequence[Part], total: int) -> None:
     jobs = [pool.submit(retry, partial(download_part, part)) for part in missing]
     running = set(jobs)
     while running:
-        size = format_size(sum(part.received for part in missing))
         lengths = [part.length for part in missing if part.length is not None]
-        size += f" of {format_size(sum(lengths))}" if len(lengths) == len(missing) else ""
+        known = f" of {format_size(sum(lengths))}" if len(lengths) == len(missing) else ""
+        size = format_size(sum(part.received for part in missing)) + known
         complete = total - len(running)
         log.log(LIVE, "Downloading: %s, %d of %d parts complete", size, complete, total)
         running = concurrent.futures.wait(running, timeout=0.2).not_done
@@ -1195,53 +1070,43 @@ def download_parts(missing: Sequence[Part], total: int) -> None:
 
 
 def download_part(part: Part) -> None:
-    """Download and verify a part: its length, its gzip CRC-32, its first line. Raises
-    RetryableError, or ReportError with status 401 or 403 if the link has expired."""
-    part.received = 0
+    """Download and verify a part: its length and its gzip CRC-32. Raises RetryableError, or
+    ReportError with status 401 or 403 if the link has expired."""
+    part.received, name = 0, f"Part {part.number}"
     try:
         response = in_time(partial(send, "GET", part.link), ANSWER_SECONDS)
         try:
-            check_download(response.status_code, part.name)
+            status = response.status_code
+            if status in LINK_EXPIRED:
+                raise ReportError(
+                    f"{name} failed with {status}: the link has expired.", status=status
+                )
+            if status in (408, 429) or status >= 500:
+                raise RetryableError(f"{name} failed with {status}.", UNFINISHED)
+            if status != 200:
+                raise ReportError(f"{name} failed with {status}. The report needs every part.")
             part.length = response.raw.length_remaining
-            with new_file(part.stem) as file:
-                body = io.BufferedReader(Body(response, part, file), READ_BYTES)
-                verify_part(part, response, body)
-            os.replace(part.stem, f"{part.stem}-{part.received}.csv.gz")
-            flush_folder(part.stem.parent)
+            with new_file(part.path) as file:
+                body: Any = io.BufferedReader(Body(response, part, file), READ_BYTES)
+                rows = decompress(body)
+                first = rows.readline(MAX_ROW)
+                if first and not ROW_START.match(first):
+                    text = f"{name} is not a CSV. It may be a web page or an error message."
+                    raise RetryableError(text, FAILED)
+                chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
+                if rows is body and part.length is None and not chunked:
+                    text = f"{name} is uncompressed and has no length. Its end cannot be verified."
+                    raise RetryableError(text, FAILED)
+                while rows.read(BLOCK):
+                    pass
         finally:
             WORKERS.submit(response.close)  # close() would wait for a stuck read.
     except (zlib.error, EOFError, gzip.BadGzipFile):
-        raise RetryableError(f"{part.name} is damaged: invalid gzip data.", FAILED) from None
+        raise RetryableError(f"{name} is damaged: invalid gzip data.", FAILED) from None
     except NETWORK_ERRORS as error:
-        text = f"{part.name} failed: {explain_failure(error)[1]}."
+        text = f"{name} failed: {explain_failure(error)[1]}."
         raise RetryableError(text, UNFINISHED) from None
-    log.debug("%s is complete: %s", part.name, format_size(part.received))
-
-
-def verify_part(part: Part, response: requests.Response, body: Any) -> None:
-    """Read the body to its end. Raises RetryableError if it is not a CSV or may be cut off."""
-    rows = decompress(body)
-    first = rows.readline(MAX_ROW)
-    if first and not looks_like_row(first):
-        text = f"{part.name} is not a CSV. It may be a web page or an error message."
-        raise RetryableError(text, FAILED)
-    chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
-    if rows is body and part.length is None and not chunked:
-        text = f"{part.name} is uncompressed and has no length, so its end cannot be verified."
-        raise RetryableError(text, FAILED)
-    while rows.read(BLOCK):
-        pass
-
-
-def check_download(status: int, name: str) -> None:
-    """Raises the error for a status other than 200."""
-    text = f"{name} failed with {status}"
-    if status in LINK_EXPIRED:
-        raise ReportError(f"{text}: the link has expired.", status=status)
-    if status in (408, 429) or status >= 500:
-        raise RetryableError(f"{text}.", UNFINISHED)
-    if status != 200:
-        raise ReportError(f"{text}. The report needs every part.")
+    log.debug("%s is complete: %d bytes", name, part.received)
 
 
 # --- Reading parts and rows, whatever their dialect ---
@@ -1249,8 +1114,10 @@ def check_download(status: int, name: str) -> None:
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
 COLUMN_NAME = re.compile(r"\w+( \w+)*", re.ASCII)
-ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+ROW_START = re.compile(rb'(\xef\xbb\xbf)?["\\\w][^\x00-\x08\x0e-\x1f]*,')
+QUOTED_CELL = re.compile(r'(?:^|(?<!\\),)"')
 ESCAPED_CELL = re.compile(r"([^\\,]*(?:\\.[^\\,]*)*),", re.DOTALL)
+ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 def decompress(file: Any) -> Any:
@@ -1261,58 +1128,67 @@ def decompress(file: Any) -> Any:
     return file
 
 
-def looks_like_row(line: bytes) -> bool:
-    """False for HTML, JSON, a message, or another compression. The merge checks more closely."""
-    text = line[len(BOM) :] if line.startswith(BOM) else line
-    likely = b"," in text and re.match(rb'["\\\w]', text)
-    return bool(likely) and not re.search(rb"[\x00-\x08\x0e-\x1f]", text)
+def read_lines(file: Any, first: bytes = b"") -> Iterator[str]:
+    """`first` and the lines of a binary file, as text. A line that is too long is cut in pieces."""
+    text = io.TextIOWrapper(file, "utf-8", "replace", newline="\n")
+    beginning = [first.decode("utf-8", "replace")] if first else []
+    return chain(beginning, iter(partial(text.readline, MAX_ROW), ""))
 
 
-def is_quoted(row: str) -> bool:
-    """Whether a cell begins with a quote."""
-    return '"' in row and re.search(r'(?:^|(?<!\\),)"', row) is not None
-
-
-def parse_row(row: str) -> list[str]:
-    """The cells of a row of an export; a missing value is an empty cell.
+def read_rows(
+    lines: Iterator[str], columns: int = 0, pick: Callable[[list[str]], Iterable[str]] = list
+) -> Iterator[tuple[str, ...]]:
+    """The cells that pick() takes from each row; a missing value is an empty cell.
 
     If a cell begins with a quote, the row is quoted: "" is a quote, a backslash is a backslash,
     and \\N is missing. In other rows, \\x is x, and \\N or \\\\N is missing. (From real exports and
     from Snowflake's unloads, which they resemble.) Raises csv.Error."""
-    row = row[:-1] if row.endswith("\n") else row
-    row = row[:-1] if row.endswith("\r") else row
-    if is_quoted(row):
-        return ["" if cell == r"\N" else cell for cell in next(csv.reader([row], strict=True))]
-    cells = ESCAPED_CELL.findall(row + ",") if r"\," in row else row.split(",")
-    missing = (r"\N", r"\\N")
-    return [
-        cell if "\\" not in cell else "" if cell in missing else ESCAPE.sub(r"\1", cell)
-        for cell in cells
-    ]
-
-
-def read_rows(file: Any, first: bytes = b"") -> Iterator[list[str]]:
-    """The cells of each row of `first` and the rest of the file. A row ends with its line, unless a
-    quote or an escape is open. Raises csv.Error."""
-    text = io.TextIOWrapper(file, "utf-8", "replace", newline="\n")
-    lines = chain([first.decode("utf-8", "replace")], iter(partial(text.readline, MAX_ROW), ""))
-    row: list[str] = []
-    size, quotes, quoted = 0, 0, False
     for line in lines:
-        quoted = quoted if row else is_quoted(line)
-        row.append(line)
-        size, quotes = size + len(line), quotes + line.count('"')
-        if size >= MAX_ROW:
-            raise csv.Error("a row is too long, or a quote is never closed")
-        content = line.rstrip("\r\n")
-        escapes = len(content) - len(content.rstrip("\\"))
-        if (quotes if quoted else escapes) % 2:
-            continue  # A quote or an escape is open.
-        if len(row) > 1 or content:
-            yield parse_row("".join(row))
-        row, size, quotes = [], 0, 0
-    if size:
-        raise csv.Error("the last row is incomplete")
+        if not line.strip("\r\n"):
+            continue
+        cells, quoted = split_row(line, lines)
+        if columns not in (0, len(cells)):
+            raise csv.Error(f"a row has {len(cells)} cells, but the header has {columns}")
+        missing = (r"\N",) if quoted else (r"\N", r"\\N")
+        yield tuple(
+            cell
+            if "\\" not in cell
+            else ""
+            if cell in missing
+            else cell
+            if quoted
+            else ESCAPE.sub(r"\1", cell)
+            for cell in pick(cells)
+        )
+
+
+def split_row(line: str, more: Iterator[str]) -> tuple[list[str], bool]:
+    """The cells of the row that begins with this line, with their escapes, and whether the row is
+    quoted. Takes more lines if a quote or an escape is open. Raises csv.Error."""
+    content = line.rstrip("\r\n")
+    quoted = content.startswith('"')
+    cells = content.split('","' if quoted else ",")
+    if quoted and content.count('"') == 2 * len(cells) and content.endswith('"'):
+        # All cells are quoted and none contains a quote: several times faster than the csv module.
+        cells[0], cells[-1] = cells[0][1:], cells[-1][:-1]
+    elif '"' in content and QUOTED_CELL.search(content):
+        return next(csv.reader(chain([line], more), strict=True)), True
+    elif "\\," in content or content.endswith("\\"):
+        while (len(content) - len(content.rstrip("\\"))) % 2:
+            added = next(more, "")
+            if not added or len(line) > MAX_ROW:
+                raise csv.Error("a backslash at the end, or a row that is too long")
+            line += added
+            content = line.rstrip("\r\n")
+        cells = ESCAPED_CELL.findall(content + ",")
+    return cells, quoted
+
+
+def parse_line(line: bytes) -> tuple[str, ...]:
+    """The cells of a line; none if it is not a row."""
+    with contextlib.suppress(csv.Error):
+        return next(read_rows(iter([line.decode("utf-8-sig", "replace")])), ())
+    return ()
 
 
 # --- Merging: the header once, then every row of every part ---
@@ -1325,15 +1201,14 @@ def merge_parts(parts: Sequence[Path], report: BinaryIO, plain: bool) -> None:
     for number, path in enumerate(parts, 1):
         try:
             with open(path, "rb") as file:
-                header = merge_part(decompress(file), number, header, report, plain)
-        except (ReportError, csv.Error) as error:
-            text = f"Part {number} is not a valid CSV: {error}."
-            if plain and isinstance(error, csv.Error):
-                hint = "To get the rows as CircleCI wrote them, run again without --plain."
-                raise ReportError(f"{text} {hint}") from None
+                header = merge_part(decompress(file), header, report, plain)
+        except ValueError as error:
             for suspect in {parts[0], path}:
                 suspect.unlink()  # so that the next run downloads it again
-            raise error if isinstance(error, ReportError) else ReportError(text) from None
+            raise ReportError(f"Part {number} {error}.") from None
+        except csv.Error as error:
+            hint = "To get the rows as CircleCI wrote them, run again without --plain."
+            raise ReportError(f"Part {number} is not a valid CSV: {error}. {hint}") from None
         except (zlib.error, EOFError, gzip.BadGzipFile):
             path.unlink()
             text = f"Part {number} was damaged on disk and is removed. The next run downloads it."
@@ -1342,59 +1217,43 @@ def merge_parts(parts: Sequence[Path], report: BinaryIO, plain: bool) -> None:
         raise NothingToCollect("The export has no rows: no usage in this window.", NO_USAGE)
 
 
-def merge_part(rows: Any, number: int, header: bytes, report: BinaryIO, plain: bool) -> bytes:
-    """Write one part. Returns the header line, which is empty until a part has one."""
+def merge_part(rows: Any, header: bytes, report: BinaryIO, plain: bool) -> bytes:
+    """Write one part. Returns the header line, which is empty until a part has one. Raises
+    ValueError if the first line is not a header and does not fit it, csv.Error for other rows."""
     line = rows.readline(MAX_ROW)
     bom = BOM if line.startswith(BOM) else b""
     line = line[len(bom) :]
     if not line:
         return header
-    cells = parse_row(line.decode("utf-8", "replace"))
+    cells, columns = parse_line(line), parse_line(header)
+    common = set(cells) & set(columns)
     if not header:
         if len(cells) < 2 or not all(map(COLUMN_NAME.fullmatch, cells)):
-            raise ReportError(f"Part {number} is not a usage export: it has no column names.")
+            raise ValueError("is not a usage export: it has no column names")
         header = line
         report.write(b"" if plain else bom)
-    else:
-        columns = parse_row(header.decode())
-        line = b"" if cells == columns else check_first_row(line, cells, columns, number)
-    if plain:
-        copy_plain(read_rows(rows, line), report, len(cells))
-    else:
-        last = line or b"\n"
-        for block in chain([line], iter(partial(rows.read, BLOCK), b"")):
-            report.write(block)
-            last = block or last
-        if not last.endswith(b"\n"):
-            report.write(b"\r\n" if header.endswith(b"\r\n") else b"\n")
-    return header
-
-
-def check_first_row(line: bytes, cells: list[str], columns: list[str], number: int) -> bytes:
-    """The first line of a later part, if it is a row. Raises ReportError if it is another header,
-    or does not fit the columns."""
-    found, wanted = set(cells), set(columns)
-    mostly_names = 2 * len(found & wanted) > len(columns)
-    if len(cells) > 1 and (mostly_names or all(map(COLUMN_NAME.fullmatch, cells))):
-        changes = [f"without {name}" for name in columns if name not in found]
-        changes += [f"with {name}" for name in cells if name not in wanted]
+    elif cells == columns:
+        line = b""
+    elif len(common) > 1:  # a header, but not the same one
+        changes = [f"without {name}" for name in columns if name not in common]
+        changes += [f"with {name}" for name in cells if name not in common]
         text = clean(", ".join(changes)) or "in a different order"
-        raise ReportError(f"Part {number} has different columns than part 1: {text}.")
-    if len(cells) != len(columns):
+        raise ValueError(f"has different columns than part 1: {text}")
+    elif len(cells) != len(columns):
         text = f"its first line has {len(cells)} cells, not {len(columns)}"
-        raise ReportError(f"Part {number} does not match part 1: {text}.")
-    return line
-
-
-def copy_plain(rows: Iterable[list[str]], report: BinaryIO, columns: int) -> None:
-    """Write plain CSV (RFC 4180). Raises csv.Error if a row does not fit the header."""
-    text = io.TextIOWrapper(report, "utf-8", newline="")
-    writer = csv.writer(text)
-    for row in rows:
-        if len(row) != columns:
-            raise csv.Error(f"a row has {len(row)} cells, but the header has {columns}")
-        writer.writerow(row)
-    text.detach()
+        raise ValueError(f"does not match part 1: {text}")
+    if plain:
+        text_file = io.TextIOWrapper(report, "utf-8", newline="")
+        csv.writer(text_file).writerows(read_rows(read_lines(rows, line), len(cells)))
+        text_file.detach()
+        return header
+    last = line or b"\n"
+    for block in chain([line], iter(partial(rows.read, BLOCK), b"")):
+        report.write(block)
+        last = block or last
+    if not last.endswith(b"\n"):
+        report.write(b"\r\n" if header.endswith(b"\r\n") else b"\n")
+    return header
 
 
 def publish_report(export: Export, label: str, plain: bool) -> Path:
@@ -1421,89 +1280,47 @@ def publish_report(export: Export, label: str, plain: bool) -> Path:
 # --- Summary, from the finished report ---
 
 COUNTED = ["ORGANIZATION_ID", "ORGANIZATION_NAME", "PROJECT_ID", "PROJECT_NAME", "TOTAL_CREDITS"]
+CREDITS = re.compile(r"(-?[0-9]{1,12}(\.[0-9]{1,9})?)?")  # so that sums are exact
 Key = tuple[str, ...]  # (), (organization ID,), or (organization ID, project ID)
 
 
-@dataclass
-class Usage:
-    """Rows and credits: total, by organization, and by project."""
+class Usage(NamedTuple):
+    """Rows, credits, and names: in total, by organization, and by project."""
 
-    rows: Counter[Key] = field(default_factory=Counter)
-    credits: dict[Key, Decimal] = field(default_factory=lambda: defaultdict(Decimal))
-    names: dict[Key, str] = field(default_factory=dict)
-
-    def add(self, cells: Sequence[str], times: int = 1) -> None:
-        """Count rows that have these COUNTED cells. Raises ValueError for invalid credits."""
-        organization_id, organization, project_id, project, credits = cells
-        organization_id, used = organization_id.lower(), times * parse_credits(credits)
-        for key in ((), (organization_id,), (organization_id, project_id)):
-            self.rows[key] += times
-            self.credits[key] += used
-        self.names[(organization_id,)] = organization
-        self.names[(organization_id, project_id)] = project
-
-
-@lru_cache(1 << 16)
-def parse_credits(text: str) -> Decimal:
-    if not re.fullmatch(r"(-?[0-9]{1,12}(\.[0-9]{1,9})?)?", text):  # so that sums are exact
-        raise ValueError(f"{clean(text)} is not a valid number of credits")
-    return Decimal(text or 0)
-
-
-def quick_pattern(quote: bytes, cell: bytes) -> re.Pattern[bytes]:
-    """Matches a row in today's column order: the first five columns, and the credits at the end.
-    Skipping what is in between makes this several times faster than the csv module."""
-    uuid, credits = quote + b"[0-9a-fA-F-]{36}" + quote, quote + rb"(?:[0-9.]*|\\\\?N)" + quote
-    first = b",".join([uuid, cell, cell, uuid, cell])
-    return re.compile(rb"(?m)^(" + first + rb"),.*(?<!\\),(" + credits + rb")\r?$")
-
-
-QUICK_COLUMNS = [*COUNTED[:2], "ORGANIZATION_CREATED_DATE", *COUNTED[2:4]]
-QUICK_QUOTED = quick_pattern(b'"', rb'"[^"\n]*"')
-QUICK_BARE = quick_pattern(b"", rb'[^",\\\n]*(?:\\,[^",\\\n]*)*')
+    rows: Counter[Key]
+    credits: defaultdict[Key, Decimal]
+    names: dict[Key, str]
 
 
 def count_usage(report: Path, plain: bool) -> Usage:
     """Raises ValueError or csv.Error if the usage cannot be counted exactly."""
+    usage = Usage(Counter(), defaultdict(Decimal), {})
     with open(report, "rb") as file:
-        first = file.readline(MAX_ROW)
-        columns = parse_row(first.decode("utf-8-sig", "replace"))
+        columns = parse_line(file.readline(MAX_ROW))
         missing = [name for name in COUNTED if name not in columns]
         if missing:
             raise ValueError(f"the report has no column {', '.join(missing)}")
-        if not plain and columns[:5] == QUICK_COLUMNS and columns[-1] == COUNTED[-1]:
-            with contextlib.suppress(ValueError):
-                return count_quickly(file, len(columns))
-        file.seek(len(first))
-        rows: Iterator[list[str]] = read_rows(file)
+        pick = itemgetter(*map(columns.index, COUNTED))
+        lines = read_lines(file)
+        rows: Iterator[tuple[str, ...]] = read_rows(lines, len(columns), pick)
         if plain:
-            rows = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""), strict=True)
-        usage, indexes = Usage(), [columns.index(name) for name in COUNTED]
-        for row in rows:
-            if len(row) != len(columns):
-                raise ValueError("a row does not fit the header")
-            usage.add([row[index] for index in indexes])
-        return usage
-
-
-def count_quickly(file: BinaryIO, columns: int) -> Usage:
-    """Raises ValueError unless the number of separators and quotes shows that each line is a row,
-    and that no cell contains a separator or a quote."""
-    usage = Usage()
-    parse = lru_cache(1 << 16)(lambda raw: parse_row(raw.decode("utf-8", "replace")))
-    for block in iter(lambda: file.read(BLOCK) + file.readline(MAX_ROW), b""):
-        quoted = block.startswith(b'"')
-        rows = (QUICK_QUOTED if quoted else QUICK_BARE).findall(block)
-        separators, quotes = block.count(b'","' if quoted else b","), block.count(b'"')
-        if not quoted:
-            escaped = block.count(b"\\,")
-            separators -= escaped - block.count(b"\\\\,") if escaped else 0
-        found = (block.count(b"\n"), separators, quotes)
-        if found != (len(rows), (columns - 1) * len(rows), 2 * columns * len(rows) * quoted):
-            raise ValueError
-        for (cells, credits), times in Counter(rows).items():
-            organization_id, organization, _, project_id, project = parse(cells)
-            usage.add((organization_id, organization, project_id, project, *parse(credits)), times)
+            rows = map(pick, csv.reader(lines, strict=True))
+        # Most rows of a project are alike: to count first and add later is fast.
+        for chunk in iter(lambda: Counter(islice(rows, 1 << 16)), Counter()):
+            for (
+                organization_id,
+                organization,
+                project_id,
+                project,
+                credits,
+            ), times in chunk.items():
+                if not CREDITS.fullmatch(credits):
+                    raise ValueError(f"{clean(credits)} is not a valid number of credits")
+                key, used = (organization_id.lower(), project_id), Decimal(credits or 0) * times
+                for size, name in enumerate(("", organization, project)):
+                    usage.rows[key[:size]] += times
+                    usage.credits[key[:size]] += used
+                    usage.names[key[:size]] = name
     return usage
 
 
@@ -1531,21 +1348,36 @@ def format_summary(usage: Usage, organizations: Mapping[str, str], width: int) -
     return [format_table(rows, 1, width), format_table(projects, 2, width)]
 
 
+def show_summary(
+    report: Path, plain: bool, organizations: Mapping[str, str], width: int, started: float
+) -> None:
+    """The report is published, so whatever goes wrong here is a notice."""
+    try:
+        usage = count_usage(report, plain)
+        for table in format_summary(usage, organizations, width):
+            log.log(TABLE, "%s", table)
+        size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
+        log.info(f"{usage.rows[()]:,} rows, {size}, {duration}")
+    except Exception as error:
+        log.warning("No summary: %s. The report is complete.", clean(error))
+
+
 # --- The run ---
 
 
 def show_request(settings: Settings, organizations: Mapping[str, str], width: int) -> None:
-    if not settings.window:
+    if not settings.start:
         log.info("Collecting export job %s.", settings.job_id)
         return
-    first, last = settings.window.start.date(), settings.window.end.date()
+    first, last = settings.start[:10], settings.end[:10]
     count = f"{len(organizations)} organization{'s' * (len(organizations) > 1)}"
     log.info("Usage from %s to %s (UTC), %s", first, last, count)
     rows = [["ORGANIZATION", "ID"], *([name or "-", key] for key, name in organizations.items())]
     log.log(TABLE, "%s", format_table(rows[: MAX_LISTED + 1], 2, width))
     if len(organizations) > MAX_LISTED:
         log.info("... and %d more", len(organizations) - MAX_LISTED)
-    incomplete = max(first, (utc_now() - timedelta(hours=REFRESH_HOURS)).date())
+    refreshed = time.gmtime(time.time() - REFRESH_HOURS * 3600)
+    incomplete = max(first, time.strftime("%Y-%m-%d", refreshed))
     if incomplete <= last:
         days = f"{incomplete} to {last}" if incomplete < last else last
         log.warning("CircleCI may not have complete usage for %s yet.", days)
@@ -1574,20 +1406,19 @@ def obtain_parts(
 
 def run(args: argparse.Namespace, console: Console, interruption: Interruption) -> int:
     """The steps of a run. Returns the exit code. Raises ReportError or OSError."""
-    started, variables = time.time(), read_variables(args)
-    SECRETS.add(variables["CIRCLE_TOKEN"].value)
-    settings = load_settings(args, variables)
+    started, settings = time.time(), load_settings(args)
     api = Api(settings)
     if not settings.primary:
-        log.critical("%s", primary_question(api, console.width))
+        log.critical("%s", primary_question(api, console.width()))
         return INVALID
-    log.info("Signed in as %s.", signed_in_user(api))
+    owner = api.get("/api/v2/me", lambda me: f"{me.get('name') or '-'} ({me['login'].strip()})")
+    log.info("Signed in as %s.", clean(owner))
     organizations = find_organizations(api, settings)
-    show_request(settings, organizations, console.width)
+    show_request(settings, organizations, console.width())
     body: dict[str, Any] = {}
-    if settings.window:
-        start, end, _ = map(iso, settings.window)
-        body = {"start": start, "end": end, "shared_org_ids": list(organizations)}
+    if settings.start:
+        ids = list(organizations)
+        body = {"start": settings.start, "end": settings.end, "shared_org_ids": ids}
     if args.dry_run:
         post = f"POST {api.exports}\n{json.dumps(body, indent=2)}"
         text = f"GET {api.exports}/{settings.job_id}" if settings.job_id else post
@@ -1596,8 +1427,8 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
     folder = find_folder(settings, organizations)
     with open_folder(folder, interruption):
         export = resume_export(folder, settings)
-        report = export.published_report(args.plain) if export else None
-        if not report:
+        report = settings.output / (export.report if export and export.plain == args.plain else "")
+        if not report.is_file():  # No earlier run has published it.
             request = partial(request_export, api, body, folder, interruption)
             export, parts = obtain_parts(api, settings, export, request)
             with new_file(folder / MERGED) as file:
@@ -1605,34 +1436,15 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
             days = f"{body['start'][:10]}_{(export.end or body['end'])[:10]}" if body else ""
             report = publish_report(export, days or settings.job_id, args.plain)
         with interruption.hold():
-            print_path(report)
+            if sys.stdout:  # 1>&- leaves no stdout.
+                sys.stdout.buffer.write(os.fsencode(f"{report}\n"))  # whatever stdout's encoding
+                sys.stdout.flush()
             interruption.succeeded = True
             remove_folder(folder)
     if not args.quiet:
-        shown = organizations if settings.window else {}
-        show_summary(report, args.plain, shown, console.width, started)
+        shown = organizations if settings.start else {}
+        show_summary(report, args.plain, shown, console.width(), started)
     return 0
-
-
-def print_path(report: Path) -> None:
-    """Print the path to stdout as its raw bytes, whatever the encoding of stdout."""
-    if sys.stdout:  # 1>&- leaves no stdout.
-        sys.stdout.buffer.write(os.fsencode(f"{report}\n"))
-        sys.stdout.flush()
-
-
-def show_summary(
-    report: Path, plain: bool, organizations: Mapping[str, str], width: int, started: float
-) -> None:
-    """The report is published, so whatever goes wrong here is a notice."""
-    try:
-        usage = count_usage(report, plain)
-        for table in format_summary(usage, organizations, width):
-            log.log(TABLE, "%s", table)
-        size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
-        log.info("%s rows, %s, %s", f"{usage.rows[()]:,}", size, duration)
-    except Exception as error:
-        log.warning("No summary: %s. The report is complete.", clean(error))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1643,7 +1455,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.handlers = logging.getLogger("dotenv").handlers = [console]
     interruption = Interruption(console)
     if __name__ == "__main__":
-        catch_signals(interruption.handle)
+        for number in SIGNALS:
+            signal.signal(number, interruption.handle)
     try:
         return run(args, console, interruption)
     except ReportError as error:
@@ -1654,7 +1467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         code, text = FAILED, f"Unexpected error: {clean(repr(error))}. Use --verbose for details."
         log.debug("%s", traceback.format_exc())
-    if interruption.folder and holds_export(interruption.folder):
+    if keeps_export(interruption.folder):
         text += f" The export is kept in {interruption.folder}. Run the same command to resume."
     elif code == UNFINISHED:
         text += " Run the same command again."

@@ -53,7 +53,7 @@ def test_verbose_shows_every_request_with_status_and_time(fake, run):
         "shares-for: 200 after",
         "POST .*: 201 after",
         "GET .*: 200 after",
-        "Part 3 of 3 is complete",
+        "Part 3 is complete",
     ]:
         assert re.search(request, result.err)
 
@@ -256,8 +256,7 @@ def test_a_terminal_shows_lines_for_steps_and_one_live_line(output, width, varia
     assert any(re.match(r"40 rows, [\d.]+ [kM]B, ", line) for line in tables)
     assert all(usage_report.display_width(line) < width for line in live)
     assert text.count("\x1b[K") >= len(live), "each is erased to the end of the line"
-    checks = re.findall(r"Next check in \d+ s \((\d)/10 used this hour\)", "".join(live))
-    assert width == 60 or len(set(checks)) > 1
+    assert len(set(re.findall(r"Next check in (\d+) s", "".join(live)))) > 1, "it counts down"
     colors = set(re.findall(r"\x1b\[([0-9;]*)m", text))
     assert colors == (set() if "NO_COLOR" in variables else {"1", "2", ""}), (
         "bold titles, dim waiting"

@@ -37,12 +37,16 @@ INVALID = [
     case("no token", r"CIRCLE_TOKEN is not set\..* such as CCIPAT_", CIRCLE_TOKEN=None),
     case("blank token", "CIRCLE_TOKEN is not set", CIRCLE_TOKEN="  "),
     case("placeholder", "CIRCLE_TOKEN is not set", CIRCLE_TOKEN=usage_report.PLACEHOLDER),
-    case("token with a blank", "CIRCLE_TOKEN has an invalid character", CIRCLE_TOKEN="abc def"),
-    case("token not in ASCII", "CIRCLE_TOKEN has an invalid character", CIRCLE_TOKEN="abc\u20ac"),
-    case("primary", "PRIMARY_ORG_ID must be a UUID, such as b9291e0d-", PRIMARY_ORG_ID="acme"),
+    case("token with a blank", "CIRCLE_TOKEN must be a personal API token", CIRCLE_TOKEN="abc def"),
+    case(
+        "token not in ASCII", "CIRCLE_TOKEN must be a personal API token", CIRCLE_TOKEN="abc\u20ac"
+    ),
+    case(
+        "primary", "PRIMARY_ORG_ID must be the UUID of .*, such as b9291e0d-", PRIMARY_ORG_ID="acme"
+    ),
     case(
         "shared",
-        "Entry 2 of SHARED_ORG_IDS must be a UUID, such as b9291e0d-",
+        "SHARED_ORG_IDS must be UUIDs of organizations, such as b9291e0d-",
         SHARED_ORG_IDS=f"{PRIMARY},x",
     ),
     case("job", "--job-id must be a UUID, such as .* Copy it from the run", "--job-id", "7"),
@@ -71,12 +75,12 @@ INVALID = [
     ),
     case(
         "start in the future",
-        "--start 2026-10-25 is in the future. Use 2026-",
+        "--start 2026-10-25 to --end 2026-10-30 starts in the future. Use 2026-",
         *window("2026-10-25", "2026-10-30"),
     ),
     case(
         "over 13 months ago",
-        "--start 2025-09-23 is too old: CircleCI keeps 13 months of usage. Use 2025-09-24 or later",
+        "--start 2025-09-23 .* is too old: CircleCI keeps 13 months of usage. Use 2025-09-24 or",
         *window("2025-09-23", "2025-10-01"),
     ),
     case(
@@ -437,7 +441,6 @@ def test_a_broken_line_in_the_env_file_is_named_by_number(run, tmp_path):
 
 def test_a_base_url_may_have_capitals_and_end_in_a_slash(fake, run):
     assert run("--dry-run", CIRCLECI_BASE_URL=fake.url.upper() + "/").code == 0
-    assert usage_report.check_base_url("HTTPS://CircleCI.com/") == "https://circleci.com"
 
 
 # --- The question for PRIMARY_ORG_ID ---
@@ -469,14 +472,14 @@ def test_a_single_choice_for_primary_org_id(fake, run):
         pytest.param(in_json([]), 1, "has no organization", id="none"),
         pytest.param(in_json([{"id": None, "name": "x"}]), 1, "has no organization", id="no ID"),
         pytest.param(in_json([{"id": 7}]), 1, "has no organization", id="a number as ID"),
-        pytest.param(in_json({"items": []}), 1, "did not return a list", id="an object"),
-        pytest.param(in_json([1]), 1, "did not return a list", id="a list of numbers"),
+        pytest.param(in_json({"items": []}), 1, "unexpected data", id="an object"),
+        pytest.param(in_json([1]), 1, "unexpected data", id="a list of numbers"),
         pytest.param(problem(401, "No."), 1, "failed with 401: No. CIRCLE_TOKEN", id="401"),
         pytest.param(problem(429, "Slow.", **{"Retry-After": "7"}), 2, "Retrying in 7 s", id="429"),
     ],
 )
 def test_no_choices_for_primary_org_id(fake, run, answer, code, message):
-    fake.plan("collaborations", answer)
+    fake.plan("collaborations", *[answer] * (6 if code == 1 else 1))
     result = run(PRIMARY_ORG_ID=None)
     assert result.code == code and message in result.err and "Traceback" not in result.err
 

@@ -302,5 +302,4 @@ def test_interrupted_while_the_outcome_is_unknown_says_what_it_may_cost(fake, st
     wait_for(lambda: fake.requests("POST"))
     result = child.send(TERM)
     assert result.code == 143 and len(fake.requests("POST")) == 1
-    assert "failed with 502" in result.err
     assert "CircleCI may have started an export" in result.last_line
