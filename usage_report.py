@@ -2,13 +2,11 @@
 """Write one CSV of CircleCI usage for every organization on a plan.
 
 A run signs in, finds the organizations that share the plan, requests ONE export
-for all of them, waits for it within the API's limits, downloads its parts,
-merges them, publishes the report, prints its path to stdout, and shows a
-summary on stderr.
+for all of them, waits for it, downloads its parts, merges them, publishes the
+report, prints its path to stdout, and shows a summary on stderr.
 
-Exports are scarce: 10 an hour, and each can take up to 4 hours. So the job ID
-is saved to disk before anything else happens. After any interruption, run the
-same command to resume.
+Exports are scarce (10 an hour) and take up to 4 hours, so the job ID is saved
+to disk at once. After any interruption, run the same command to resume.
 
 Exit codes: 0 the report is published; 1 failed; 2 invalid setting; 3 no usage
 in the window; 75 not finished, run the same command again; 130, 143, 129
@@ -47,10 +45,8 @@ import json
 import logging
 import math
 import re
-import textwrap
 import time
 import traceback
-import unicodedata
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -63,6 +59,7 @@ from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
+from unicodedata import combining, east_asian_width
 
 warnings.filterwarnings("ignore", module="urllib3")  # It warns about macOS Python's old SSL.
 
@@ -92,6 +89,7 @@ QUERY_LIMIT = 4 * 3600  # seconds an export may take
 REFRESH_HOURS = 6  # after midnight UTC
 UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 LINK_EXPIRED = (401, 403)  # HTTP statuses of a signed link that is over 36 hours old
+ISO = "%Y-%m-%dT%H:%M:%SZ"  # times in UTC
 LINK = r"https?://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*"
 
 # --- Choices of this script (in seconds, bytes, or characters) ---
@@ -121,9 +119,8 @@ csv.field_size_limit(MAX_ROW)
 
 
 class ReportError(Exception):
-    """Ends the run. The text says what happened, why, and what to do next. `status`: the HTTP
-    status, if it matters. `sent`: the request may have reached the server. `wait`: seconds until
-    the rate limit allows the next request; None if this is not about the rate limit."""
+    """Ends the run. The text says what happened, why, and what to do next. `sent`: the request may
+    have reached the server. `wait`: seconds until the rate limit allows the next request."""
 
     def __init__(
         self, text: str, code: int = FAILED, status: int = 0, sent: bool = True, wait: Any = None
@@ -152,25 +149,24 @@ SECRETS: set[str] = set()  # the token, once it is known
 
 
 def redact(text: str) -> str:
-    """The text without the token and without the query part of URLs."""
-    for secret in SECRETS - {""}:
+    """The text without the token, the query part of URLs, and control characters."""
+    for secret in SECRETS:
         text = text.replace(secret, "[token]")
-    text = re.sub(r"\?[^\s?]*=\S*", "?[removed]", text)
-    return re.sub(r"(?i)((?:signature|credential|token|sig)=)[^\s&]+", r"\1[removed]", text)
+    query = r"(?i)(\?(?=[^\s?]*=)|(?:signature|credential|token|sig)=)\S+"
+    text = re.sub(query, r"\1[removed]", text)
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def clean(text: object) -> str:
-    """External text on one line, without secrets or control characters, cut short."""
-    words = " ".join(redact(str(text))[: 4 * MAX_TEXT].split())
-    words = words if len(words) <= MAX_TEXT else words[: MAX_TEXT - 1] + "\u2026"
-    return "".join(c if c.isprintable() else "?" for c in words)
+    """External text, redacted, on one line, and cut short."""
+    line = redact(" ".join(str(text).split()))
+    return line if len(line) <= MAX_TEXT else line[: MAX_TEXT - 1] + "\u2026"
 
 
 def format_duration(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
@@ -181,8 +177,7 @@ def format_size(size: float) -> str:
 
 def display_width(text: str) -> int:
     """Columns on a terminal: two for East Asian characters and emoji, none for accents."""
-    wide = [unicodedata.east_asian_width(c) in "WF" for c in text if not unicodedata.combining(c)]
-    return len(wide) + sum(wide)
+    return sum(1 + (east_asian_width(c) in "WF") for c in text if not combining(c))
 
 
 def fit(text: str, width: int, right: bool = False) -> str:
@@ -238,30 +233,25 @@ class Console(logging.Handler):
 
     def render(self, level: int, text: str) -> str:
         """What to write for a message: no secrets, no control characters."""
-        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in redact(text))
         erase = "\r\x1b[K" if self.live else ""
         self.live = self.terminal and level in (LIVE, STEP)
         code, prefix = STYLES.get(level, ("", ""))
-        first, *rest = (prefix + text).split("\n")
+        first, *rest = redact(prefix + text).split("\n")
         first = fit(first, self.width() - 1).rstrip() if self.live else first
         first = f"\x1b[{code}m{first}\x1b[m" if code and self.color else first
         if self.live:
             return f"\r{first}\x1b[K"
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(time.time()))
         gap = "\n" if self.terminal and level == TABLE else ""
-        stamp = "" if self.terminal else stamp
+        stamp = "" if self.terminal else time.strftime(f"{ISO} ", time.gmtime(time.time()))
         return erase + gap + "".join(f"{stamp}{line}\n" for line in [first, *rest])
 
 
 # --- Signals ---
 
-KEPT = "CircleCI keeps working on the export. Run the same command to collect it."
-
 
 class Interruption:
-    """Ctrl-C, SIGTERM, and SIGHUP end the process at once, like kill -9, but with a message and the
-    right exit code. What the next run needs is on disk at any moment. So nothing has to be unwound,
-    and there is no exception that a library could swallow."""
+    """Ctrl-C, SIGTERM, and SIGHUP end the process at once, with a message. What the next run needs
+    is on disk at any moment, so there is no exception that a library could swallow."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -275,11 +265,12 @@ class Interruption:
         self.received = self.received or number
         if self.held or not self.received:
             return
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
+        self.held = True  # Further signals change nothing.
         if self.succeeded:
             os._exit(0)
-        text = KEPT if keeps_export(self.folder) else self.advice
+        text = self.advice
+        if keeps_export(self.folder):
+            text = "CircleCI keeps working on the export. Run the same command to collect it."
         with contextlib.suppress(OSError):  # skip logging: the interrupted code may hold its locks
             line = self.console.render(logging.CRITICAL, f"Interrupted. {text}")
             os.write(self.console.stream.fileno(), line.encode())
@@ -298,30 +289,18 @@ class Interruption:
 
 # --- Settings: a flag, else the environment, else .env ---
 
-PERIODS = ["yesterday", "last-7-days", "this-month", "last-month"]
+PERIODS = "yesterday, last-7-days, this-month, last-month, or YYYY-MM"
+PERIOD = "yesterday|last-7-days|this-month|last-month|20[0-9]{2}-(0[1-9]|1[0-2])"
 EXAMPLE = "b9291e0d-a11e-41fb-8517-c545388b5953"
-HOST = r"https://([a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*|\[[0-9a-f:]+\])"
 LOOPBACK = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
-ISO = "%Y-%m-%dT%H:%M:%SZ"  # times in UTC
-VARIABLES = {  # What each must match, and what it must be: for --help, and if a value is invalid
-    "CIRCLE_TOKEN": ("[!-~]+", "a personal API token, such as CCIPAT_... (required)"),
-    "PRIMARY_ORG_ID": (
-        UUID,
-        f"the UUID of the organization that owns the plan, such as {EXAMPLE} "
-        "(leave it empty to list your organizations)",
-    ),
-    "START_DATE": (".*", "the first day, if neither --start nor --period is given"),
-    "END_DATE": (".*", "the last day, if neither --end nor --period is given"),
-    "SHARED_ORG_IDS": (
-        rf"({UUID}|\s|,)*",
-        f"UUIDs of organizations, such as {EXAMPLE}, separated by commas "
-        "(leave it empty to include all on the plan)",
-    ),
-    "CIRCLECI_BASE_URL": (
-        rf"({HOST}|{LOOPBACK})(:[1-6]?[0-9]{{1,4}})?/?",
-        "https:// and a host name, such as https://circleci.com, the default "
-        "(http:// works only for localhost)",
-    ),
+BASE_URL = rf"(https://[a-z0-9-]{{1,63}}(\.[a-z0-9-]{{1,63}})*|{LOOPBACK})(:[1-6]?[0-9]{{1,4}})?/?"
+VARIABLES = {  # what each must match, what it must be, and an example
+    "CIRCLE_TOKEN": ("[!-~]+", "a personal API token", "CCIPAT_..."),
+    "PRIMARY_ORG_ID": (UUID, "the UUID of the plan's owner (leave it empty to list yours)", EXAMPLE),
+    "START_DATE": (".*", "the first day (--start and --period override it)", ""),
+    "END_DATE": (".*", "the last day (--end and --period override it)", ""),
+    "SHARED_ORG_IDS": (rf"({UUID}|\s|,)*", "UUIDs of organizations, separated by commas", EXAMPLE),
+    "CIRCLECI_BASE_URL": (BASE_URL, "https:// and a host name", "https://circleci.com"),
 }
 
 
@@ -340,24 +319,23 @@ class Settings(NamedTuple):
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags. Exits with 0 after --help and --version, with 2 if a flag is invalid."""
-    texts = (f"{name}: {text}" for name, (_, text) in VARIABLES.items())
+    texts = [f"  {name}: {text}" for name, (_, text, _) in VARIABLES.items()]
     parser = argparse.ArgumentParser(
         prog="usage_report.py",
         description=__doc__,
-        epilog="Settings, from the environment or from .env next to the script:\n\n"
-        + "\n".join(textwrap.fill(text, 80, subsequent_indent="  ") for text in texts),
+        epilog="\n".join(["Settings in the environment or .env (first two required):", *texts]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for flag, metavar, text in (
-        ("--start", "WHEN", "YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ, in UTC"),
-        ("--end", "WHEN", "same format; a date includes the whole day"),
-        ("--period", "PERIOD", f"{', '.join(PERIODS)}, or YYYY-MM (whole UTC days)"),
-        ("--output-dir", "DIR", "default: usage_reports next to the script"),
-        ("--env-file", "FILE", "default: .env next to the script"),
-        ("--job-id", "UUID", "collect an existing export instead of requesting one"),
+    for flag, text in (
+        ("--start", "YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ, in UTC"),
+        ("--end", "same format; a date includes the whole day"),
+        ("--period", f"{PERIODS} (whole UTC days)"),
+        ("--output-dir", "default: usage_reports next to the script"),
+        ("--env-file", "default: .env next to the script"),
+        ("--job-id", "collect an existing export instead of requesting one"),
     ):
-        parser.add_argument(flag, metavar=metavar, type=str.strip, default="", help=text)
+        parser.add_argument(flag, type=str.strip, default="", help=text)
     parser.add_argument("--plain", action="store_true", help="write plain CSV, for spreadsheets")
     parser.add_argument("--dry-run", action="store_true", help="show the request and stop")
     volume = parser.add_mutually_exclusive_group()
@@ -366,73 +344,53 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # Values are not shown: one may be a misplaced token.
-        flag, word = unknown[0].split("=")[0], unknown[0].lstrip("-")
+        word, flag = unknown[0].lstrip("-"), unknown[0].split("=")[0]
         flags = ["--" + name.replace("_", "-") for name in vars(args)]
         similar = (difflib.get_close_matches(flag, flags, n=1) or ["--help"])[0]
-        if word in PERIODS or re.fullmatch("[0-9]{4}-[0-9]{2}", word):
-            similar = f"--period {word}"
+        similar = f"--period {word}" if re.fullmatch(PERIOD, word) else similar
         flag = f" {clean(flag)}" if flag.startswith("-") else ""
         parser.error(f"unknown argument{flag}. Did you mean {similar}?")
     return args
 
 
-def read_variables(env_file: Path, required: bool) -> dict[str, str]:
-    """The variables by name, from the environment or else from the file; "" if not set."""
-    in_file: Mapping[str, str | None] = {}
-    if required or env_file.exists():
-        try:
-            # utf-8-sig: some editors write a BOM. No interpolation: a $ in a token is just a $.
-            text = env_file.read_text("utf-8-sig")
-            in_file = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", "not UTF-8; save it as UTF-8")
-            hint = "Copy .env.example to .env, or correct --env-file."
-            require(False, f"Cannot read {env_file}: {reason}. {hint}")
-    values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
-    return {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
-
-
 def load_settings(args: argparse.Namespace) -> Settings:
-    """All settings, validated. Raises ReportError for the first invalid one."""
-    env_file = Path(args.env_file or SCRIPT_FOLDER / ".env").absolute()
-    values = read_variables(env_file, required=bool(args.env_file))
-    token, job_id = values["CIRCLE_TOKEN"], args.job_id.lower()
-    SECRETS.add(token)
-    source = "the environment" if os.environ.get("CIRCLE_TOKEN", "").strip() else str(env_file)
-    how = "In CircleCI > User Settings > Personal API Tokens, create a token such as CCIPAT_..."
-    text = f"CIRCLE_TOKEN is not set. {how}, then set CIRCLE_TOKEN in {source}."
-    require(token not in ("", PLACEHOLDER), text)
-    for name, (pattern, text) in VARIABLES.items():  # A value is not shown: it may be a token.
-        valid = not values[name] or re.fullmatch(pattern, values[name], re.IGNORECASE)
-        require(valid, f"{name} must be {text}.")
-    valid = not job_id or re.fullmatch(UUID, job_id)
-    require(
-        valid,
-        f"--job-id must be a UUID, such as {EXAMPLE}. Copy it from the run that requested it.",
-    )
-    output = check_output(Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute())
-    base_url = (values["CIRCLECI_BASE_URL"] or "https://circleci.com").lower().rstrip("/")
-    primary, shared = values["PRIMARY_ORG_ID"].lower(), values["SHARED_ORG_IDS"].lower()
-    window: tuple[str, ...] = ()
-    if args.start or args.end or args.period or (primary and not job_id):
-        window = choose_window(args, values)
-    window = () if job_id else window
-    return Settings(
-        token, source, base_url, output, primary, re.findall(UUID, shared), job_id, *window
-    )
-
-
-def check_output(folder: Path) -> Path:
-    """The folder, created if need be. Raises OSError if the disk is full."""
+    """All settings, validated. Raises ReportError, or OSError if the disk is full."""
+    env_file, text = Path(args.env_file or SCRIPT_FOLDER / ".env").absolute(), ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if args.env_file or env_file.exists():
+            text = env_file.read_text("utf-8-sig")  # Some editors write a BOM.
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "save it as UTF-8")
+        hint = "Copy .env.example to .env, or correct --env-file."
+        require(False, f"Cannot read {env_file}: {reason}. {hint}")
+    # No interpolation: a $ in a token is just a $.
+    in_file = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
+    values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
+    source = "the environment" if values["CIRCLE_TOKEN"] else str(env_file)
+    values = {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
+    token, job_id = values["CIRCLE_TOKEN"], args.job_id.lower()
+    how = "In CircleCI > User Settings > Personal API Tokens, create one, such as CCIPAT_..."
+    require(token not in ("", PLACEHOLDER), f"CIRCLE_TOKEN is not set in {source}. {how}")
+    SECRETS.add(token)
+    for name, (pattern, text, example) in VARIABLES.items():
+        valid = re.fullmatch(f"({pattern})?", values[name], re.IGNORECASE)
+        require(valid, f"{name} must be {text}, such as {example}.")  # The value may be a token.
+    require(re.fullmatch(f"({UUID})?", job_id), f"--job-id must be a UUID, such as {EXAMPLE}.")
+    output = Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute()
+    text = f"Cannot write to {output}. Use --output-dir with another folder, such as reports."
+    try:
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-    hint = "Use --output-dir with another folder, such as --output-dir reports"
-    valid = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
-    require(valid, f"Cannot write to the output folder {folder}. {hint}")
-    return folder
+        require(error.errno in (errno.ENOSPC, errno.EDQUOT), text)
+        raise
+    require(os.access(output, os.W_OK | os.X_OK), text)
+    primary = values["PRIMARY_ORG_ID"].lower()
+    base_url = (values["CIRCLECI_BASE_URL"] or "https://circleci.com").lower().rstrip("/")
+    shared = re.findall(UUID, values["SHARED_ORG_IDS"].lower())
+    given = args.start or args.end or args.period  # validated even with --job-id
+    window = choose_window(args, values) if given or (primary and not job_id) else ()
+    window = () if job_id else window
+    return Settings(token, source, base_url, output, primary, shared, job_id, *window)
 
 
 def months_back(day: date, months: int) -> date:
@@ -443,58 +401,51 @@ def months_back(day: date, months: int) -> date:
 
 def period_days(period: str, today: date) -> tuple[date, date]:
     """First and last day of a --period: whole UTC days, none later than yesterday."""
-    yesterday, first = today - timedelta(days=1), today.replace(day=1)
-    last_month = months_back(first, 1)
-    if period in ("yesterday", "last-7-days"):
-        return (yesterday if period == "yesterday" else today - timedelta(days=7)), yesterday
-    if re.fullmatch("[1-9][0-9]{3}-(0[1-9]|1[0-2])", period):
-        first = date(int(period[:4]), int(period[5:]), 1)
-    else:
-        choices = f"{', '.join(PERIODS)}, or a month such as {last_month:%Y-%m}"
-        require(period in PERIODS, f"--period must be {choices}, not {clean(period)}.")
-        first = last_month if period == "last-month" else first
+    require(re.fullmatch(PERIOD, period), f"--period must be {PERIODS}, not {clean(period)}.")
+    yesterday, days = today - timedelta(days=1), {"yesterday": 1, "last-7-days": 7}
+    if period in days:
+        return today - timedelta(days[period]), yesterday
+    months = {"this-month": f"{today:%Y-%m}", "last-month": f"{months_back(today, 1):%Y-%m}"}
+    first = date.fromisoformat(f"{months.get(period, period)}-01")
     last = min(yesterday, months_back(first, -1) - timedelta(days=1))
     require(first <= last, f"--period {period} has no complete day yet. Use last-month.")
     return first, last
 
 
-def parse_time(name: str, value: str, time_of_day: str, days: tuple[date, date]) -> datetime:
-    """A time in UTC; a plain date gets `time_of_day`. `days` is an example window."""
-    hint = f"Use --period last-month, or --start {days[0]} --end {days[1]}"
+def parse_time(name: str, value: str, time_of_day: str, hint: str) -> datetime:
+    """A time in UTC; a plain date gets `time_of_day`. `hint`: a window that is valid today."""
     require(value, f"{name} is not set. {hint}")
     text = value if "T" in value else value + time_of_day
     with contextlib.suppress(ValueError):
         moment = datetime.strptime(text, ISO).replace(tzinfo=timezone.utc)
         if moment.strftime(ISO) == text:  # strptime also accepts 2026-9-1.
             return moment
-    hint = f"Use a UTC date such as {days[0]} or {days[0]}T00:00:00Z."
-    raise ReportError(f"{name} {clean(value)} is not a valid date. {hint}", INVALID)
+    text = f"{name} {clean(value)} is not a valid date (YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ)."
+    raise ReportError(f"{text} {hint}", INVALID)
 
 
 def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> tuple[str, ...]:
     """Start, end, and wanted end: of --period, or as set. The end is cut if it is in the future."""
     now = datetime.fromtimestamp(int(time.time()), timezone.utc)
     days = period_days("last-month", now.date())
-    start_name, start = ("--start" if args.start else "START_DATE"), args.start
-    end_name, end = ("--end" if args.end else "END_DATE"), args.end
-    start, end = start or values["START_DATE"], end or values["END_DATE"]
+    hint = f"Use --period last-month, or --start {days[0]} --end {days[1]}."
+    start, end = args.start or values["START_DATE"], args.end or values["END_DATE"]
+    start_name = "--start" if args.start else "START_DATE"
+    end_name = "--end" if args.end else "END_DATE"
     given = f"{start_name} {start} to {end_name} {end}"
     if args.period:
-        text = "--period cannot be combined with --start or --end."
-        require(not args.start and not args.end, f"{text} Use --period, or --start and --end.")
+        alone = not args.start and not args.end
+        require(alone, f"--period cannot be combined with --start or --end. {hint}")
         start, end = map(str, period_days(args.period, now.date()))
-        start_name, end_name, given = "--period", "--period", f"--period {args.period}"
-    first = parse_time(start_name, start, "T00:00:00Z", days)
-    wanted_end = parse_time(end_name, end, "T23:59:59Z", days)
+        given = f"--period {args.period}"
+    first = parse_time(start_name, start, "T00:00:00Z", hint)
+    wanted_end = parse_time(end_name, end, "T23:59:59Z", hint)
     last = wanted_end if wanted_end <= now else now - timedelta(minutes=1)
-    oldest, yesterday = months_back(now.date(), HISTORY_MONTHS), now.date() - timedelta(days=1)
-    example, keeps = f"{days[0]} to {days[1]}", f"CircleCI keeps {HISTORY_MONTHS} months of usage"
-    require(first < wanted_end, f"{given}: the start must be before the end, such as {example}.")
-    require(first < last, f"{given} starts in the future. Use {yesterday} or earlier.")
-    choice = f"{months_back(oldest, -1):%Y-%m}" if args.period else oldest
-    require(first.date() >= oldest, f"{given} is too old: {keeps}. Use {choice} or later.")
-    short = last - first <= timedelta(days=MAX_WINDOW_DAYS)
-    require(short, f"{given}: an export covers at most {MAX_WINDOW_DAYS} days, such as {example}.")
+    oldest, limit = months_back(now.date(), HISTORY_MONTHS), timedelta(days=MAX_WINDOW_DAYS)
+    require(first < wanted_end, f"{given}: the start must be before the end. {hint}")
+    require(first < last, f"{given} starts in the future. {hint}")
+    require(first.date() >= oldest, f"{given} is too old: usage goes back to {oldest}. {hint}")
+    require(last - first <= limit, f"{given} is longer than {MAX_WINDOW_DAYS} days. {hint}")
     if last < wanted_end:
         log.warning("%s %s is in the future. Using %s.", end_name, end, last.strftime(ISO))
     return tuple(moment.strftime(ISO) for moment in (first, last, wanted_end))

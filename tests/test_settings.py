@@ -34,7 +34,7 @@ def case(id: str, message: str, *arguments: str, **variables: str | None):
 
 
 INVALID = [
-    case("no token", r"CIRCLE_TOKEN is not set\..* such as CCIPAT_", CIRCLE_TOKEN=None),
+    case("no token", r"CIRCLE_TOKEN is not set in .*\.env\..* such as CCIPAT_", CIRCLE_TOKEN=None),
     case("blank token", "CIRCLE_TOKEN is not set", CIRCLE_TOKEN="  "),
     case("placeholder", "CIRCLE_TOKEN is not set", CIRCLE_TOKEN=usage_report.PLACEHOLDER),
     case("token with a blank", "CIRCLE_TOKEN must be a personal API token", CIRCLE_TOKEN="abc def"),
@@ -46,10 +46,10 @@ INVALID = [
     ),
     case(
         "shared",
-        "SHARED_ORG_IDS must be UUIDs of organizations, such as b9291e0d-",
+        "SHARED_ORG_IDS must be UUIDs of organizations, separated by commas, such as b9291e0d-",
         SHARED_ORG_IDS=f"{PRIMARY},x",
     ),
-    case("job", "--job-id must be a UUID, such as .* Copy it from the run", "--job-id", "7"),
+    case("job", "--job-id must be a UUID, such as b9291e0d-", "--job-id", "7"),
     case("no start", "START_DATE is not set. Use --period last-month, or --start", START_DATE=None),
     case("empty end", "END_DATE is not set. Use --period last-month, or --start", END_DATE=""),
     case("no such day", "START_DATE 2026-02-30 is not a valid date", START_DATE="2026-02-30"),
@@ -75,23 +75,22 @@ INVALID = [
     ),
     case(
         "start in the future",
-        "--start 2026-10-25 to --end 2026-10-30 starts in the future. Use 2026-",
+        "--start 2026-10-25 to --end 2026-10-30 starts in the future. Use --period",
         *window("2026-10-25", "2026-10-30"),
     ),
     case(
         "over 13 months ago",
-        "--start 2025-09-23 .* is too old: CircleCI keeps 13 months of usage. Use 2025-09-24 or",
+        "--start 2025-09-23 .* is too old: usage goes back to 2025-09-24. Use --period",
         *window("2025-09-23", "2025-10-01"),
     ),
     case(
         "33 days",
-        "--start 2026-08-01 .*--end 2026-09-02: .* at most 32 days",
+        "--start 2026-08-01 .*--end 2026-09-02 is longer than 32 days",
         *window("2026-08-01", "2026-09-02"),
     ),
     case(
         "period month 13",
-        "--period must be yesterday, last-7-days, this-month, last-month, or a month such as "
-        "2026-09, not 2026-13",
+        "--period must be yesterday, last-7-days, this-month, last-month, or YYYY-MM, not 2026-13",
         *["--period", "2026-13"],
     ),
     case("unknown period", "must be yesterday, .* not last-year", "--period", "last-year"),
@@ -125,7 +124,7 @@ INVALID = [
     case("period beside --job-id", "--period must be", "--job-id", PRIMARY, "--period", "x"),
     case(
         "output is a device",
-        "Cannot write to .*Use --output-dir with another folder, such as --output-dir reports",
+        "Cannot write to .*Use --output-dir with another folder, such as reports",
         *["--output-dir", os.devnull],
     ),
     case("output is a program", "Cannot write to ", "--output-dir", sys.executable),
