@@ -296,7 +296,7 @@ LOOPBACK = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
 BASE_URL = rf"(https://[a-z0-9-]{{1,63}}(\.[a-z0-9-]{{1,63}})*|{LOOPBACK})(:[1-6]?[0-9]{{1,4}})?/?"
 VARIABLES = {  # what each must match, what it must be, and an example
     "CIRCLE_TOKEN": ("[!-~]+", "a personal API token", "CCIPAT_..."),
-    "PRIMARY_ORG_ID": (UUID, "the UUID of the plan's owner (leave it empty to list yours)", EXAMPLE),
+    "PRIMARY_ORG_ID": (UUID, "the UUID of the plan's owner (empty: lists yours)", EXAMPLE),
     "START_DATE": (".*", "the first day (--start and --period override it)", ""),
     "END_DATE": (".*", "the last day (--end and --period override it)", ""),
     "SHARED_ORG_IDS": (rf"({UUID}|\s|,)*", "UUIDs of organizations, separated by commas", EXAMPLE),
