@@ -88,7 +88,6 @@ QUERY_LIMIT = 4 * 3600  # seconds an export may take
 # Usage is refreshed "daily, through the previous day" (CircleCI's changelog). The hour is a guess.
 REFRESH_HOURS = 6  # after midnight UTC
 UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-LINK_EXPIRED = (401, 403)  # HTTP statuses of a signed link that is over 36 hours old
 ISO = "%Y-%m-%dT%H:%M:%SZ"  # times in UTC
 LINK = r"https?://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*"
 
@@ -862,75 +861,67 @@ def request_export(
 
 # --- Waiting for the job ---
 
-# When a job's length is unknown, a geometric series makes the most of 10 GETs an hour: the delay is
-# the same share of the job's length, whether short or long. GET n is due FIRST_POLL * GROWTH**n
-# after the POST, and GET 10 an hour after GET 0. So FIRST_POLL * GROWTH**10 = FIRST_POLL + HOUR.
+# In a geometric series, the delay is the same share of any job's length. GET n is due FIRST_POLL *
+# GROWTH**n after the POST, and GET 10 an hour after GET 0 (FIRST_POLL * GROWTH**10 - FIRST_POLL).
 GROWTH: float = (HOUR / FIRST_POLL + 1) ** (1 / GETS_PER_HOUR)
 POLL_INTERVAL = HOUR / GETS_PER_HOUR  # after the first hour
 MAX_POLLS = GETS_PER_HOUR + math.ceil((PATIENCE - HOUR) / POLL_INTERVAL)
 
 
-def next_poll(requested_at: float | None, polls: Sequence[float], now: float) -> float:
+def next_poll(requested_at: float | None, polls: Sequence[float], completed: bool = False) -> float:
     """When (unix seconds) the next GET is due: in a geometric series for an hour, then every 6
-    minutes, never more than GETS_PER_HOUR in an hour. A job of unknown age is polled at once."""
-    start = requested_at or (polls[0] if polls else now) - FIRST_POLL
+    minutes; at once if the job's age is unknown, or it is completed and only needs new links."""
+    allowed = polls[-GETS_PER_HOUR] + HOUR if len(polls) >= GETS_PER_HOUR else 0
+    start = requested_at or (polls[0] if polls else 0) - FIRST_POLL
     elapsed = polls[-1] - start if polls else 0
     due = start + max(FIRST_POLL, min(elapsed * GROWTH, max(elapsed, HOUR) + POLL_INTERVAL))
-    return max(due, earliest_poll(polls))
+    return allowed if completed else max(due, allowed)
 
 
-def earliest_poll(polls: Sequence[float]) -> float:
-    """When (unix seconds) the rate limit allows the next GET."""
-    return polls[-GETS_PER_HOUR] + HOUR if len(polls) >= GETS_PER_HOUR else 0
-
-
-def parse_job(answer: Any) -> tuple[str, list[str], str]:
-    """The state, download links, and error reason of a job."""
-    state, links = answer["state"], answer.get("download_urls") or []
-    if not isinstance(state, str) or not all(re.fullmatch(LINK, link) for link in links):
+def parse_job(answer: Any) -> tuple[str, list[str]]:
+    """The state and download links of a job. Raises NothingToCollect if it failed."""
+    state, links = clean(answer["state"]), answer.get("download_urls") or []
+    if not all(re.fullmatch(LINK, link) for link in links):
         raise ValueError
-    return clean(state), links, clean(answer.get("error_reason") or "no reason given").rstrip(".")
+    if state == "failed":
+        reason = clean(answer.get("error_reason") or "no reason given").rstrip(".")
+        hint = "Try a shorter window (--start, --end) or fewer organizations (SHARED_ORG_IDS)."
+        raise NothingToCollect(f"The export failed: {reason}. {hint}")
+    return state, links
 
 
-def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str], str]:
-    """Wait until the next GET is due, send it, and return what parse_job returns. Raises what
-    Api.request raises; a 404 is retryable, because the job may be very new."""
+def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str]]:
+    """Send the next GET when it is due. A 404 is retryable, because the job may be very new."""
     now = time.time()
     set_back = max([now, *export.polls]) - now  # by how much the clock was set back
     export.polls = [at - set_back for at in export.polls]
     export.requested_at = export.requested_at and export.requested_at - set_back
-    due = next_poll(export.requested_at, export.polls, now)
-    due = earliest_poll(export.polls) if export.completed else due
+    due = next_poll(export.requested_at, export.polls, export.completed)
     sleep(due - now, f"Export: {state}{export.age()}. Next check in")
     export.polls = [*export.polls, max(due, time.time())][-GETS_PER_HOUR:]
     export.save()  # before the GET, which counts even if this run is killed before the response
     try:
-        job = api.request("GET", f"{api.exports}/{export.job_id}", parse_job)
+        return api.request("GET", f"{api.exports}/{export.job_id}", parse_job)
     except ReportError as error:
         if error.status != 404:
             raise
-        raise RetryableError(str(error), FAILED, status=404) from None
+        raise RetryableError(str(error), status=404) from None
     finally:
         export.polls[-1] = max(due, time.time())  # the latest time CircleCI can have counted it
-    export.completed = job[0] == "completed" and bool(job[1])
-    return job
 
 
 def wait_for_links(api: Api, export: Export) -> list[str]:
-    """The download links of the job once it is completed. Raises ReportError if that takes longer
-    than the query limit plus a margin, NothingToCollect, or what poll_job raises."""
+    """The download links of the completed job. Raises ReportError if it takes too long or fails."""
     state, empty = "requested", 0
     for _ in range(MAX_POLLS):
-        state, links, reason = retry(partial(poll_job, api, export, state))
+        state, links = retry(partial(poll_job, api, export, state))
         log.log(STEP, "Export: %s%s", state, export.age())
+        export.completed = state == "completed" and bool(links)
         if export.completed:
             return links
         empty += state == "completed"
         if empty == 3:  # Links can come late (CircleCI support), or there is no usage.
             raise NothingToCollect("The export has no files: no usage in this window.", NO_USAGE)
-        if state == "failed":
-            hint = "Try a shorter window (--start, --end) or fewer organizations (SHARED_ORG_IDS)."
-            raise NothingToCollect(f"The export failed: {reason}. {hint}")
         if state not in ("created", "processing", "completed"):
             log.warning("The export job has an unknown state: %s. Waiting.", state)
     raise ReportError(f"Export job {export.job_id} is still {state}.", UNFINISHED)
@@ -952,7 +943,6 @@ class Body(io.RawIOBase):
     """A response's body as a file. What is read from it is also written to `copy`."""
 
     def __init__(self, response: requests.Response, part: Part, copy: BinaryIO) -> None:
-        super().__init__()
         self.raw, self.part, self.copy = response.raw, part, copy
         self.raw.enforce_content_length = True  # urllib3 1.26 needs to be told.
 
@@ -968,102 +958,81 @@ class Body(io.RawIOBase):
         return len(block)
 
 
-def is_complete(path: Path) -> bool:
-    """Whether a part is on disk. An empty file may be what a power failure has left."""
-    return path.exists() and path.stat().st_size > 0
-
-
 def collect_parts(api: Api, export: Export) -> list[Path]:
     """The complete parts in order. Those from an earlier run are not downloaded again."""
-    paths = [export.folder / name for name in export.parts]
-    if paths and all(map(is_complete, paths)):
-        return paths
     for _ in range(3):
-        links = wait_for_links(api, export)
-        # The names stay the same when the links are signed again.
-        digest = hashlib.sha256("\n".join(link.partition("?")[0] for link in links).encode())
-        export.parts = [
-            f"part-{n:04}-{digest.hexdigest()[:12]}.csv.gz" for n in range(1, len(links) + 1)
-        ]
-        export.save()
+        # An empty file may be what a power failure has left.
+        complete = {path for path in export.folder.glob("part-*.gz") if path.stat().st_size}
         paths = [export.folder / name for name in export.parts]
-        parts = [Part(n, *found) for n, found in enumerate(zip(links, paths), 1)]
-        try:
-            download_parts([part for part in parts if not is_complete(part.path)], len(parts))
+        if paths and complete.issuperset(paths):
             return paths
-        except ReportError as error:
-            if error.status not in LINK_EXPIRED:
-                raise
-            log.warning("%s Asking CircleCI for new links.", error)
+        parts = []
+        for number, link in enumerate(wait_for_links(api, export), 1):
+            # The name stays the same when the link is signed again.
+            digest = hashlib.sha256(link.partition("?")[0].encode()).hexdigest()[:12]
+            parts.append(Part(number, link, export.folder / f"part-{number:04}-{digest}.csv.gz"))
+        export.parts = [part.path.name for part in parts]
+        export.save()
+        if download_parts(parts, [part for part in parts if part.path not in complete]):
+            return [part.path for part in parts]
+        log.warning("The download links have expired. Asking CircleCI for new links.")
     raise ReportError("Downloads fail with new links, too. Check the network and HTTPS_PROXY.")
 
 
-def download_parts(missing: Sequence[Part], total: int) -> None:
-    """Download parts, a few at a time. Tries them all, keeps what is complete, and then raises the
-    first error; an error about an expired link only if there is no other."""
+def download_parts(parts: Sequence[Part], missing: Sequence[Part]) -> bool:
+    """Download the missing parts, a few at a time. Tries them all, keeps what is complete, and
+    raises the first error. Returns whether all links were still valid."""
     pool = concurrent.futures.ThreadPoolExecutor(PARALLEL_DOWNLOADS)
     jobs = [pool.submit(retry, partial(download_part, part)) for part in missing]
     running = set(jobs)
     while running:
-        lengths = [part.length for part in missing if part.length is not None]
-        known = f" of {format_size(sum(lengths))}" if len(lengths) == len(missing) else ""
-        size = format_size(sum(part.received for part in missing)) + known
-        complete = total - len(running)
-        log.log(LIVE, "Downloading: %s, %d of %d parts complete", size, complete, total)
         running = concurrent.futures.wait(running, timeout=0.2).not_done
-    pool.shutdown()
-    errors = [error for error in (job.exception() for job in jobs) if error]
-    if errors:
-        log.info("%d of %d parts are complete and kept.", total - len(errors), total)
-        raise min(errors, key=lambda error: getattr(error, "status", 0) in LINK_EXPIRED)
-    size = format_size(sum(part.received for part in missing))
-    log.info("Downloaded %d part%s, %s.", len(missing), "s" * (len(missing) != 1), size)
+        size = format_size(sum(part.received for part in missing))
+        if all(part.length is not None for part in missing):
+            size += f" of {format_size(sum(part.length or 0 for part in missing))}"
+        complete = sum(part.path.exists() for part in parts)
+        level = LIVE if running else logging.INFO
+        log.log(level, "Downloaded %s, %d of %d parts complete.", size, complete, len(parts))
+    valid = [job.result() for job in jobs]  # Raises the first error.
+    return all(valid)
 
 
-def download_part(part: Part) -> None:
-    """Download and verify a part: its length and its gzip CRC-32. Raises RetryableError, or
-    ReportError with status 401 or 403 if the link has expired."""
+def download_part(part: Part) -> bool:
+    """Download and verify a part: length and gzip CRC-32. Returns False if its link has expired."""
     part.received, name = 0, f"Part {part.number}"
     try:
-        response = in_time(partial(send, "GET", part.link), ANSWER_SECONDS)
-        try:
+        with contextlib.ExitStack() as stack:
+            response = in_time(partial(send, "GET", part.link), ANSWER_SECONDS)
+            stack.callback(WORKERS.submit, response.close)  # close() would wait for a stuck read.
             status = response.status_code
-            if status in LINK_EXPIRED:
-                raise ReportError(
-                    f"{name} failed with {status}: the link has expired.", status=status
-                )
+            if status in (401, 403):  # CircleCI's links expire after 36 hours.
+                return False
             if status in (408, 429) or status >= 500:
                 raise RetryableError(f"{name} failed with {status}.", UNFINISHED)
             if status != 200:
                 raise ReportError(f"{name} failed with {status}. The report needs every part.")
             part.length = response.raw.length_remaining
-            with new_file(part.path) as file:
-                body: Any = io.BufferedReader(Body(response, part, file), READ_BYTES)
-                rows = decompress(body)
-                first = rows.readline(MAX_ROW)
-                if first and not ROW_START.match(first):
-                    text = f"{name} is not a CSV. It may be a web page or an error message."
-                    raise RetryableError(text, FAILED)
-                chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
-                if rows is body and part.length is None and not chunked:
-                    text = f"{name} is uncompressed and has no length. Its end cannot be verified."
-                    raise RetryableError(text, FAILED)
-                while rows.read(BLOCK):
-                    pass
-        finally:
-            WORKERS.submit(response.close)  # close() would wait for a stuck read.
+            copy = stack.enter_context(new_file(part.path))
+            body: Any = io.BufferedReader(Body(response, part, copy), READ_BYTES)
+            rows = decompress(body)
+            first = rows.readline(MAX_ROW)
+            if first and not ROW_START.match(first):
+                raise RetryableError(f"{name} is not a CSV. It may be a web page or JSON.")
+            if rows is body and part.length is None and not response.raw.chunked:
+                raise RetryableError(f"{name} is of unknown length. Its end cannot be verified.")
+            while rows.read(BLOCK):
+                pass
     except (zlib.error, EOFError, gzip.BadGzipFile):
-        raise RetryableError(f"{name} is damaged: invalid gzip data.", FAILED) from None
+        raise RetryableError(f"{name} is damaged: invalid gzip data.") from None
     except NETWORK_ERRORS as error:
-        text = f"{name} failed: {explain_failure(error)[1]}."
-        raise RetryableError(text, UNFINISHED) from None
+        raise RetryableError(f"{name} failed: {explain_failure(error)[1]}.", UNFINISHED) from None
     log.debug("%s is complete: %d bytes", name, part.received)
+    return True
 
 
 # --- Reading parts and rows, whatever their dialect ---
 
 BOM = b"\xef\xbb\xbf"
-GZIP_MAGIC = b"\x1f\x8b"
 COLUMN_NAME = re.compile(r"\w+( \w+)*", re.ASCII)
 ROW_START = re.compile(rb'(\xef\xbb\xbf)?["\\\w][^\x00-\x08\x0e-\x1f]*,')
 QUOTED_CELL = re.compile(r'(?:^|(?<!\\),)"')
@@ -1074,7 +1043,7 @@ ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 def decompress(file: Any) -> Any:
     """The decompressed content: undoes the file's own gzip, and one the store may have added."""
     for _ in range(2):
-        if file.peek(2)[:2] == GZIP_MAGIC:
+        if file.peek(2)[:2] == b"\x1f\x8b":  # gzip's magic number
             file = gzip.GzipFile(fileobj=file, mode="rb")
     return file
 
@@ -1095,44 +1064,32 @@ def read_rows(
     and \\N is missing. In other rows, \\x is x, and \\N or \\\\N is missing. (From real exports and
     from Snowflake's unloads, which they resemble.) Raises csv.Error."""
     for line in lines:
-        if not line.strip("\r\n"):
+        content = line.rstrip("\r\n")
+        if not content:
             continue
-        cells, quoted = split_row(line, lines)
+        quoted = '"' in content and QUOTED_CELL.search(content)
+        if quoted:
+            cells = content[1:-1].split('","')
+            # Several times faster than the csv module, and right if no cell contains a quote.
+            if content.count('"') != 2 * len(cells) or not content[0] == content[-1] == '"':
+                cells = next(csv.reader(chain([line], lines), strict=True))
+        elif "\\," in content or content.endswith("\\"):
+            while (len(content) - len(content.rstrip("\\"))) % 2:  # an escaped line break
+                added = next(lines, "")
+                if not added or len(line) > MAX_ROW:
+                    raise csv.Error("a backslash at the end, or a row that is too long")
+                line += added
+                content = line.rstrip("\r\n")
+            cells = ESCAPED_CELL.findall(content + ",")
+        else:
+            cells = content.split(",")
         if columns not in (0, len(cells)):
             raise csv.Error(f"a row has {len(cells)} cells, but the header has {columns}")
         missing = (r"\N",) if quoted else (r"\N", r"\\N")
-        yield tuple(
-            cell
-            if "\\" not in cell
-            else ""
-            if cell in missing
-            else cell
-            if quoted
-            else ESCAPE.sub(r"\1", cell)
-            for cell in pick(cells)
-        )
-
-
-def split_row(line: str, more: Iterator[str]) -> tuple[list[str], bool]:
-    """The cells of the row that begins with this line, with their escapes, and whether the row is
-    quoted. Takes more lines if a quote or an escape is open. Raises csv.Error."""
-    content = line.rstrip("\r\n")
-    quoted = content.startswith('"')
-    cells = content.split('","' if quoted else ",")
-    if quoted and content.count('"') == 2 * len(cells) and content.endswith('"'):
-        # All cells are quoted and none contains a quote: several times faster than the csv module.
-        cells[0], cells[-1] = cells[0][1:], cells[-1][:-1]
-    elif '"' in content and QUOTED_CELL.search(content):
-        return next(csv.reader(chain([line], more), strict=True)), True
-    elif "\\," in content or content.endswith("\\"):
-        while (len(content) - len(content.rstrip("\\"))) % 2:
-            added = next(more, "")
-            if not added or len(line) > MAX_ROW:
-                raise csv.Error("a backslash at the end, or a row that is too long")
-            line += added
-            content = line.rstrip("\r\n")
-        cells = ESCAPED_CELL.findall(content + ",")
-    return cells, quoted
+        picked = ["" if cell in missing else cell for cell in pick(cells)]
+        if not quoted:
+            picked = [ESCAPE.sub(r"\1", cell) if "\\" in cell else cell for cell in picked]
+        yield tuple(picked)
 
 
 def parse_line(line: bytes) -> tuple[str, ...]:

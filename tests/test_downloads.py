@@ -315,7 +315,7 @@ def test_expired_links_are_replaced_and_complete_parts_kept(fake, run, status):
     fake.job_seconds = 10
     fake.parts = [[FIRST], [problem(status, "expired"), GOOD], [LAST]]
     result = run()
-    assert result.code == 0 and "the link has expired. Asking CircleCI for new links" in result.err
+    assert result.code == 0 and "links have expired. Asking CircleCI for new links" in result.err
     assert result.report.read_bytes() == WHOLE
     assert len(fake.requests("GET", "store", "data_0.")) == 1
     assert len(fake.requests("GET")) == 2, "one more GET, for the new links"
