@@ -47,6 +47,7 @@ import math
 import re
 import time
 import traceback
+import uuid
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -97,7 +98,6 @@ HOUR = 3600 + 15  # an hour on CircleCI's clock, with a margin for network delay
 PATIENCE = QUERY_LIMIT + 15 * 60
 FIRST_POLL = 15
 RETRY_PAUSES = (1, 2, 4, 8, 16)
-POST_PAUSES = (16,) * 5
 TIMEOUTS = (10, 60)  # to connect, and between two reads
 ANSWER_SECONDS = 120  # for an API response, or the headers of a download
 ANSWER_BYTES = 10_000_000
@@ -246,6 +246,9 @@ class Console(logging.Handler):
 
 
 # --- Signals ---
+
+KEPT = "CircleCI keeps working on the export. Run the same command to collect it."
+MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you can spend another."
 
 
 class Interruption:
@@ -467,7 +470,6 @@ FAILURES = (
     ("NewConnection.*refused", False, "the port is closed. Check CIRCLECI_BASE_URL"),
     ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
     ("NewConnectionError", False, "cannot connect. Check the network"),
-    ("too large", True, "the response is too large"),
     ("", True, "connection lost"),
 )
 NETWORK_ERRORS = (
@@ -478,23 +480,16 @@ NETWORK_ERRORS = (
 )
 
 
-def in_time(call: Callable[[], T], seconds: float) -> T:
-    """What call() returns or raises. Raises concurrent.futures.TimeoutError if it takes longer."""
-    return WORKERS.submit(call).result(seconds)
-
-
 def explain_failure(error: BaseException) -> tuple[bool, str]:
-    """Whether the request may have been sent, and why it failed. The exception's own text is not
-    shown, because it can contain a signed URL."""
+    """Whether the request may have been sent, and why it failed: without the exception's own text,
+    which can contain a signed URL."""
     text = f"{type(error).__name__} {error!r} {error}"
-    detail = re.search(r"\[Errno -?\d+\] ([\w ]+)", text)
-    sent, reason = next(row[1:] for row in FAILURES if re.search(row[0], text))
-    return sent, f"{reason}. Details: {detail[1]}" if detail else reason
+    return next(row[1:] for row in FAILURES if re.search(row[0], text))
 
 
 def send(method: str, url: str, token: str = "", body: object = None) -> requests.Response:
-    """Send a request and return the response, its body unread. Uses an adapter, because a session
-    keeps cookies, reads ~/.netrc, and parses the target of every redirect."""
+    """The response, its body unread. Uses an adapter, because a session keeps cookies, reads
+    ~/.netrc, and parses the target of every redirect."""
     headers = {"User-Agent": f"circleci-usage-report/{__version__}", "Accept-Encoding": "identity"}
     if token:
         headers["Circle-Token"] = token
@@ -509,8 +504,7 @@ def rate_limit_seconds(headers: Mapping[str, str]) -> float:
     """How long to wait after a 429: Retry-After, else X-RateLimit-Reset (both from CircleCI's API
     developers' guide), else a tenth of an hour."""
     with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-        seconds = urllib3.Retry().parse_retry_after(headers.get("Retry-After", "")[:40])
-        return min(seconds, PATIENCE + 1)
+        return urllib3.Retry().parse_retry_after(headers.get("Retry-After", "")[:40])
     reset = headers.get("X-RateLimit-Reset", "")
     return float(reset) if re.fullmatch("[0-9]{1,5}", reset) else HOUR / GETS_PER_HOUR
 
@@ -525,12 +519,9 @@ def sleep(seconds: float, text: str) -> None:
         seconds -= max(pause, time.time() - started)
 
 
-def retry(
-    action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES, max_sent: float = math.inf
-) -> T:
-    """What action() returns. Repeats it after a RetryableError, with a pause before each retry, and
-    whenever the rate limit allows, up to PATIENCE. Raises the last error if no pause is left, or if
-    `max_sent` requests may have been sent."""
+def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES, max_sent: int = 99) -> T:
+    """What action() returns. Repeats it after a RetryableError: after a pause, or when the rate
+    limit allows. Raises the error after the last pause, PATIENCE, or `max_sent` sent requests."""
     tries, failures, sent, waited = 0, 0, 0, 0.0
     while True:
         try:
@@ -554,11 +545,9 @@ class Api:
         self.exports = f"/api/v2/organizations/{settings.primary}/usage_export_job"
         used = ["PRIMARY_ORG_ID"] + ["SHARED_ORG_IDS"] * bool(settings.shared)
         used += ["--job-id"] * bool(settings.job_id)
-        limits = f"at most {MAX_WINDOW_DAYS} days and start at most {HISTORY_MONTHS} months ago"
-        source = settings.token_source
         self.next_steps = {
-            400: f"The window must cover {limits}.",
-            401: f"CIRCLE_TOKEN in {source} is invalid or expired. Create a new one.",
+            400: f"Use at most {MAX_WINDOW_DAYS} days of the last {HISTORY_MONTHS} months.",
+            401: f"CIRCLE_TOKEN in {settings.token_source} is invalid or expired. Replace it.",
             403: "Use the token of an organization admin.",
             404: f"Check {' and '.join(used)}. The owner of CIRCLE_TOKEN must have access.",
         }
@@ -567,68 +556,54 @@ class Api:
         return retry(partial(self.request, "GET", path, parse))
 
     def request(self, method: str, path: str, parse: Callable[[Any], T], body: object = None) -> T:
-        """What parse() makes of the JSON of the response. Raises RetryableError, also if the data
-        has another shape, or ReportError with the HTTP status."""
+        """What parse() makes of the response's JSON. Raises RetryableError, also for data of
+        another shape, or ReportError with the HTTP status."""
         what, started = f"{method} {path}", time.time()
 
-        def exchange() -> tuple[requests.Response, bytes]:
-            response, content = send(method, self.base_url + path, self.token, body), bytearray()
-            with contextlib.closing(response):
+        def exchange() -> tuple[requests.Response, bytearray]:
+            content = bytearray()
+            with send(method, self.base_url + path, self.token, body) as response:
                 for block in response.iter_content(1 << 14):
                     content += block
                     if len(content) > ANSWER_BYTES:
-                        raise requests.RequestException("too large")
-            return response, bytes(content)
+                        raise RetryableError(f"{what}: the response is too large.", UNFINISHED)
+                return response, content
 
         try:
-            response, content = in_time(exchange, ANSWER_SECONDS)
+            response, content = WORKERS.submit(exchange).result(ANSWER_SECONDS)
         except (OSError, *NETWORK_ERRORS) as error:  # OSError: a CA bundle that does not exist
             sent, reason = explain_failure(error)
             text = f"{what} failed: {reason}. Server: {self.base_url}."
             raise RetryableError(text, UNFINISHED, sent=sent) from None
-        status, message = response.status_code, None
+        status, message = response.status_code, response.reason
         log.debug("%s: %d after %.1f s", what, status, time.time() - started)
-        try:
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RecursionError):
             answer = json.loads(content)
             if 200 <= status < 300:
                 return parse(answer)
-            message = answer.get("message")
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            if 200 <= status < 300:
-                text = (
-                    f"{what} returned unexpected data. Check for a proxy or login page in between."
-                )
-                raise RetryableError(text, FAILED) from None
-        text = f"{what} failed with {status}: "
-        text += clean(message or response.reason or "no message").rstrip(".") + "."
-        if status == 429:
-            wait = rate_limit_seconds(response.headers)
-            raise RetryableError(text, UNFINISHED, sent=False, wait=wait)
-        if status == 408 or status >= 500:
-            raise RetryableError(text, UNFINISHED)
+            message = answer["message"]
+        if 200 <= status < 300:
+            text = f"{what} returned unexpected data. Check for a proxy or login page."
+            raise RetryableError(text)
+        text = f"{what} failed with {status}: {clean(message or 'no message').rstrip('.')}."
+        if status in (408, 429) or status >= 500:
+            wait = rate_limit_seconds(response.headers) if status == 429 else None
+            raise RetryableError(text, UNFINISHED, sent=status != 429, wait=wait)
         raise ReportError(f"{text} {self.next_steps.get(status, '')}".strip(), status=status)
 
 
 # --- Organizations ---
 
 
-def parse_uuid(text: Any) -> str:
-    """The UUID in lower case. Raises AttributeError or ValueError if it is not one."""
-    if not re.fullmatch(UUID, text.lower()):
-        raise ValueError
-    return str(text.lower())
-
-
 def list_collaborations(api: Api) -> list[list[str]]:
     """Name, slug, and ID of each of the token owner's organizations. Skips those without an ID."""
 
     def parse(answer: Any) -> list[list[str]]:
-        return [
-            [clean(entry.get(key) or "-") for key in ("name", "slug", "id")] for entry in answer
-        ]
+        keys = ("name", "slug", "id")
+        rows = [[clean(entry.get(key) or "-") for key in keys] for entry in answer]
+        return [row for row in rows if re.fullmatch(UUID, row[2].lower())]
 
-    rows = api.get("/api/v2/me/collaborations", parse)
-    return [row for row in rows if re.fullmatch(UUID, row[2].lower())]
+    return api.get("/api/v2/me/collaborations", parse)
 
 
 def primary_question(api: Api, width: int) -> str:
@@ -636,10 +611,11 @@ def primary_question(api: Api, width: int) -> str:
     rows = list_collaborations(api)
     if not rows:
         raise ReportError("The owner of CIRCLE_TOKEN has no organizations. Use another token.")
-    question = "Which organization owns the plan?"
-    question = question if len(rows) > 1 else "There is one organization."
-    question += " Set PRIMARY_ORG_ID to its ID and run the same command again."
-    return question + "\n" + format_table([["NAME", "SLUG", "ID"], *rows], 3, width)
+    table = format_table([["NAME", "SLUG", "ID"], *rows], 3, width)
+    question = (
+        "Which organization owns the plan?" if len(rows) > 1 else "You have one organization."
+    )
+    return f"{question} Set PRIMARY_ORG_ID to its ID and run the same command again.\n{table}"
 
 
 def find_organizations(api: Api, settings: Settings) -> dict[str, str]:
@@ -649,15 +625,15 @@ def find_organizations(api: Api, settings: Settings) -> dict[str, str]:
     def parse(answer: Any) -> dict[str, str]:
         if not isinstance(answer["orgs"], list):
             raise TypeError
-        return {parse_uuid(entry["id"]): clean(entry.get("name") or "") for entry in answer["orgs"]}
+        return {str(uuid.UUID(org["id"])): clean(org.get("name") or "") for org in answer["orgs"]}
 
     found = dict.fromkeys(settings.shared, "")
     if not found and not settings.job_id:
         try:  # an undocumented endpoint, seen in public code
             found = api.get(f"/private/orgs/{settings.primary}/plan/shares-for", parse)
         except ReportError as error:
-            workaround = "Workaround: set SHARED_ORG_IDS to the IDs of the organizations."
-            raise ReportError(f"{error} {workaround}", error.code) from None
+            text = f"{error} Workaround: set SHARED_ORG_IDS to the organizations' IDs."
+            raise ReportError(text, error.code) from None
         if not found:
             log.info("The plan is not shared. The report covers only the primary organization.")
     return {settings.primary: "", **found}
@@ -665,7 +641,7 @@ def find_organizations(api: Api, settings: Settings) -> dict[str, str]:
 
 # --- Files and the export's folder ---
 
-STATE, MERGED = "state.json", "merged.csv"
+MERGED, STATE, LOCK = "merged.csv", "state.json", "write.lock"  # sorted by name
 
 
 @contextlib.contextmanager
@@ -679,8 +655,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+        draft.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
 
@@ -695,28 +670,24 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
-    """Lock an export's folder for this run. Removes it if it holds no export at the end."""
+    """Lock an export's folder for this run."""
     folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "a+b") as file:
+    with open(folder / LOCK, "a+b") as file:
         try:
             if sys.platform == "win32":
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            text = f"Another run is working on this export (lock: {file.name})."
-            raise ReportError(f"{text} Wait until it ends.") from None
+            raise ReportError("Another run is working on this export. Wait for it.") from None
         except OSError as error:
-            text = "Cannot lock %s (%s). Do not start a parallel run."
-            log.warning(text, file.name, error.strerror)
+            log.warning("Cannot lock %s (%s). Do not start another run.", file.name, error.strerror)
         interruption.folder = folder
         try:
             yield
         except NothingToCollect:
             remove_folder(folder)
             raise
-        finally:
-            keeps_export(folder)
     if sys.platform == "win32":
         keeps_export(folder)  # Windows cannot remove an open file.
 
@@ -734,10 +705,9 @@ def keeps_export(folder: Path | None) -> bool:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove an export's folder: the state after what it describes, and the lock last."""
-    names = {"lock": 2, STATE: 1}
+    """Remove an export's folder, sorted: the state after what it describes, and the lock last."""
     with contextlib.suppress(OSError):
-        for path in sorted(folder.iterdir(), key=lambda path: names.get(path.name, 0)):
+        for path in sorted(folder.iterdir()):
             path.unlink()
         folder.rmdir()
 
@@ -747,8 +717,8 @@ def remove_folder(folder: Path) -> None:
 
 @dataclass
 class Export:
-    """An export job. Until the report is published, these values (state.json) and the parts are
-    kept in a hidden folder, without the token and without signed URLs."""
+    """An export job. Until the report is published, these values are kept in a hidden folder, next
+    to the parts, without the token and without signed URLs."""
 
     folder: Path
     job_id: str
@@ -772,9 +742,8 @@ class Export:
 
 
 def load_export(folder: Path) -> Export | None:
-    """The export of an earlier run. If any value is damaged, or from another version, only its job
-    ID is used. None if there is no job ID."""
-    text, job_id = "", None
+    """An earlier run's export: only its job ID if any value is invalid, None if there is none."""
+    job_id = None
     for name in (STATE + ".new", STATE):  # the draft, if a run was killed just after the POST
         with contextlib.suppress(FileNotFoundError):
             text = (folder / name).read_text("utf-8", errors="replace")
@@ -800,10 +769,9 @@ def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
                 export = load_export(folder)
                 if export and export.job_id == settings.job_id:
                     return folder
-    key = [settings.base_url, settings.primary, settings.job_id]
-    if settings.start:
-        key += [settings.start, settings.wanted_end, *sorted(organizations)]
-    return settings.output / f".export-{hashlib.sha256(' '.join(key).encode()).hexdigest()[:16]}"
+    key = [settings.base_url, settings.primary, settings.job_id, settings.start]
+    text = " ".join([*key, settings.wanted_end, *sorted(organizations)])
+    return settings.output / f".export-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def resume_export(folder: Path, settings: Settings) -> Export | None:
@@ -818,9 +786,6 @@ def resume_export(folder: Path, settings: Settings) -> Export | None:
     return export
 
 
-MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you can spend another."
-
-
 def request_export(
     api: Api, body: Mapping[str, Any], folder: Path, interruption: Interruption
 ) -> Export:
@@ -831,28 +796,27 @@ def request_export(
     draft.save()  # A full disk fails here, before anything is spent.
 
     def parse_job_id(answer: Any) -> str:
-        return parse_uuid(answer["usage_export_job_id"])
+        return str(uuid.UUID(answer["usage_export_job_id"]))
 
     def post() -> Export:
         with interruption.hold():
             requested_at = time.time()
             try:
                 job_id = api.request("POST", api.exports, parse_job_id, body)
+                export = replace(draft, job_id=job_id, requested_at=requested_at)
+                export.save()
             except RetryableError as error:
                 interruption.advice = MAY_HAVE_STARTED if error.sent else interruption.advice
                 raise
-            export = replace(draft, job_id=job_id, requested_at=requested_at)
-            try:
-                export.save()
             except OSError as error:
                 text = f"Cannot record the export job: {error.strerror}. Fix that and run the"
-                interruption.advice = f"{text} same command with --job-id {export.job_id}"
+                interruption.advice = f"{text} same command with --job-id {job_id}"
                 raise ReportError(interruption.advice) from None
         log.info("CircleCI started export job %s.", export.job_id)
         return export
 
     try:
-        return retry(post, POST_PAUSES, max_sent=2)
+        return retry(post, pauses=(16,) * 5, max_sent=2)
     except RetryableError as error:
         if interruption.advice != MAY_HAVE_STARTED:
             raise
@@ -950,8 +914,8 @@ class Body(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        read = partial(self.raw.read, len(buffer), decode_content=False)
-        block = in_time(read, READ_SECONDS * max(1, len(buffer) / READ_BYTES))
+        read = WORKERS.submit(self.raw.read, len(buffer), decode_content=False)
+        block = read.result(READ_SECONDS * max(1, len(buffer) / READ_BYTES))
         self.copy.write(block)
         self.part.received += len(block)
         buffer[: len(block)] = block
@@ -1002,7 +966,7 @@ def download_part(part: Part) -> bool:
     part.received, name = 0, f"Part {part.number}"
     try:
         with contextlib.ExitStack() as stack:
-            response = in_time(partial(send, "GET", part.link), ANSWER_SECONDS)
+            response = WORKERS.submit(send, "GET", part.link).result(ANSWER_SECONDS)
             stack.callback(WORKERS.submit, response.close)  # close() would wait for a stuck read.
             status = response.status_code
             if status in (401, 403):  # CircleCI's links expire after 36 hours.

@@ -254,7 +254,7 @@ def test_other_files_in_the_folder_do_not_change_the_report(fake, run, output, n
     [
         pytest.param(["../../secret.csv"], id="a path"),
         pytest.param(["secret.csv"], id="another file"),
-        pytest.param(["state.json", "lock"], id="other files of the folder"),
+        pytest.param(["state.json", "write.lock"], id="other files of the folder"),
     ],
 )
 @pytest.mark.parametrize("at", ["open part-", "open merged.csv"], ids=["before", "after"])

@@ -192,7 +192,7 @@ def case(id: str, code: int, message: str, kind: str, *answers: Answer):
         case("HTML", 1, "returned unexpected data.*SHARED_ORG_IDS", "shares", *always(HTML)),
         case("500", 75, "500: Oops.*SHARED_ORG_IDS", "shares", *always(problem(500, "Oops."))),
         case("dropped once", 0, "connection lost", "shares", DROP),
-        case("400", 1, "400: No. The window must cover at most 32", "POST", problem(400, "No.")),
+        case("400", 1, "400: No. Use at most 32 days", "POST", problem(400, "No.")),
         case("403", 1, f"failed with 403: No. {ADMIN}", "POST", problem(403, "No.")),
         case("404", 1, "404: No. Check PRIMARY_ORG_ID. The owner", "POST", problem(404, "No.")),
         case("redirect", 1, "failed with 302", "POST", REDIRECT),

@@ -462,7 +462,7 @@ def test_a_single_choice_for_primary_org_id(fake, run):
     fake.organizations = {PRIMARY: "Acme"}
     result = run(PRIMARY_ORG_ID=None)
     assert result.code == 2 and PRIMARY in result.last_line
-    assert "There is one organization. Set PRIMARY_ORG_ID to its ID" in result.err
+    assert "You have one organization. Set PRIMARY_ORG_ID to its ID" in result.err
 
 
 @pytest.mark.parametrize(
