@@ -1179,13 +1179,8 @@ def count_usage(report: Path, plain: bool) -> Usage:
             rows = map(pick, csv.reader(lines, strict=True))
         # Most rows of a project are alike: to count first and add later is fast.
         for chunk in iter(lambda: Counter(islice(rows, 1 << 16)), Counter()):
-            for (
-                organization_id,
-                organization,
-                project_id,
-                project,
-                credits,
-            ), times in chunk.items():
+            for row, times in chunk.items():
+                organization_id, organization, project_id, project, credits = row
                 if not CREDITS.fullmatch(credits):
                     raise ValueError(f"{clean(credits)} is not a valid number of credits")
                 key, used = (organization_id.lower(), project_id), Decimal(credits or 0) * times
@@ -1287,10 +1282,8 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
     log.info("Signed in as %s.", clean(owner))
     organizations = find_organizations(api, settings)
     show_request(settings, organizations, console.width())
-    body: dict[str, Any] = {}
-    if settings.start:
-        ids = list(organizations)
-        body = {"start": settings.start, "end": settings.end, "shared_org_ids": ids}
+    ids = list(organizations)
+    body = {"start": settings.start, "end": settings.end, "shared_org_ids": ids}
     if args.dry_run:
         post = f"POST {api.exports}\n{json.dumps(body, indent=2)}"
         text = f"GET {api.exports}/{settings.job_id}" if settings.job_id else post
@@ -1305,8 +1298,8 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
             export, parts = obtain_parts(api, settings, export, request)
             with new_file(folder / MERGED) as file:
                 merge_parts(parts, file, args.plain)
-            days = f"{body['start'][:10]}_{(export.end or body['end'])[:10]}" if body else ""
-            report = publish_report(export, days or settings.job_id, args.plain)
+            days = f"{settings.start[:10]}_{(export.end or settings.end)[:10]}"
+            report = publish_report(export, settings.job_id or days, args.plain)
         with interruption.hold():
             if sys.stdout:  # 1>&- leaves no stdout.
                 sys.stdout.buffer.write(os.fsencode(f"{report}\n"))  # whatever stdout's encoding
