@@ -55,7 +55,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -1019,10 +1019,8 @@ def read_lines(file: Any, first: bytes = b"") -> Iterator[str]:
     return chain(beginning, iter(partial(text.readline, MAX_ROW), ""))
 
 
-def read_rows(
-    lines: Iterator[str], columns: int = 0, pick: Callable[[list[str]], Iterable[str]] = list
-) -> Iterator[tuple[str, ...]]:
-    """The cells that pick() takes from each row; a missing value is an empty cell.
+def read_rows(lines: Iterator[str], columns: int = 0, limit: int = 0) -> Iterator[list[str]]:
+    """The cells of each row, or only the first `limit` and the last; a missing value is empty.
 
     If a cell begins with a quote, the row is quoted: "" is a quote, a backslash is a backslash,
     and \\N is missing. In other rows, \\x is x, and \\N or \\\\N is missing. (From real exports and
@@ -1031,35 +1029,53 @@ def read_rows(
         content = line.rstrip("\r\n")
         if not content:
             continue
-        quoted = '"' in content and QUOTED_CELL.search(content)
+        quoted = content[0] == '"' or ('"' in content and bool(QUOTED_CELL.search(content)))
         if quoted:
-            cells = content[1:-1].split('","')
-            # Several times faster than the csv module, and right if no cell contains a quote.
-            if content.count('"') != 2 * len(cells) or not content[0] == content[-1] == '"':
-                cells = next(csv.reader(chain([line], lines), strict=True))
-        elif "\\," in content or content.endswith("\\"):
-            while (len(content) - len(content.rstrip("\\"))) % 2:  # an escaped line break
-                added = next(lines, "")
-                if not added or len(line) > MAX_ROW:
-                    raise csv.Error("a backslash at the end, or a row that is too long")
-                line += added
-                content = line.rstrip("\r\n")
-            cells = ESCAPED_CELL.findall(content + ",")
+            text, separator = content[1:-1], '","'
+        else:  # A NUL stands for an escaped comma, which does not separate cells.
+            text, separator = content.replace("\\,", "\\\0"), ","
+        separators = text.count(separator)
+        if quoted:
+            usual = content[0] == content[-1] == '"' and content.count('"') == 2 * separators + 2
         else:
-            cells = content.split(",")
-        if columns not in (0, len(cells)):
-            raise csv.Error(f"a row has {len(cells)} cells, but the header has {columns}")
-        missing = (r"\N",) if quoted else (r"\N", r"\\N")
-        picked = ["" if cell in missing else cell for cell in pick(cells)]
-        if not quoted:
-            picked = [ESCAPE.sub(r"\1", cell) if "\\" in cell else cell for cell in picked]
-        yield tuple(picked)
+            usual = content[-1] != "\\" and "\\\\," not in content
+        if usual and limit and separators == columns - 1:  # several times faster
+            last = text[text.rindex(separator) + len(separator) :]
+            cells = [*text.split(separator, limit)[:limit], last]
+        else:
+            cells = text.split(separator) if usual else split_row(line, lines, quoted)
+            if columns not in (0, len(cells)):
+                raise csv.Error(f"a row has {len(cells)} cells, but the header has {columns}")
+            cells = [*cells[:limit], cells[-1]] if limit else cells
+        yield [unescape(cell, quoted) if "\\" in cell else cell for cell in cells]
+
+
+@lru_cache(1 << 12)
+def unescape(cell: str, quoted: bool) -> str:
+    """A cell of an export without its escapes; empty if the value is missing."""
+    if cell == r"\N" or (cell == r"\\N" and not quoted):
+        return ""
+    return cell if quoted else ESCAPE.sub(r"\1", cell.replace("\\\0", "\\,"))
+
+
+def split_row(line: str, more: Iterator[str], quoted: bool) -> list[str]:
+    """The cells of any row, still escaped. Takes more lines if a quote or an escape is open."""
+    if quoted:
+        return next(csv.reader(chain([line], more), strict=True))
+    content = line.rstrip("\r\n")
+    while (len(content) - len(content.rstrip("\\"))) % 2:
+        added = next(more, "")
+        if not added or len(line) > MAX_ROW:
+            raise csv.Error("a backslash at the end, or a row that is too long")
+        line += added
+        content = line.rstrip("\r\n")
+    return ESCAPED_CELL.findall(content + ",")
 
 
 def parse_line(line: bytes) -> tuple[str, ...]:
     """The cells of a line; none if it is not a row."""
     with contextlib.suppress(csv.Error):
-        return next(read_rows(iter([line.decode("utf-8-sig", "replace")])), ())
+        return tuple(next(read_rows(iter([line.decode("utf-8-sig", "replace")])), ()))
     return ()
 
 
@@ -1172,13 +1188,14 @@ def count_usage(report: Path, plain: bool) -> Usage:
         missing = [name for name in COUNTED if name not in columns]
         if missing:
             raise ValueError(f"the report has no column {', '.join(missing)}")
-        pick = itemgetter(*map(columns.index, COUNTED))
+        indexes = [columns.index(name) for name in COUNTED]
+        limit = 1 + max(index for index in indexes if index < len(columns) - 1)
+        pick = itemgetter(*(index if index < limit else -1 for index in indexes))
         lines = read_lines(file)
-        rows: Iterator[tuple[str, ...]] = read_rows(lines, len(columns), pick)
-        if plain:
-            rows = map(pick, csv.reader(lines, strict=True))
+        rows: Iterator[list[str]] = csv.reader(lines, strict=True) if plain else iter(())
+        rows = rows if plain else read_rows(lines, len(columns), limit)
         # Most rows of a project are alike: to count first and add later is fast.
-        for chunk in iter(lambda: Counter(islice(rows, 1 << 16)), Counter()):
+        for chunk in iter(lambda: Counter(map(pick, islice(rows, 1 << 16))), Counter()):
             for row, times in chunk.items():
                 organization_id, organization, project_id, project, credits = row
                 if not CREDITS.fullmatch(credits):
