@@ -1026,7 +1026,7 @@ def read_rows(lines: Iterator[str], columns: int = 0, limit: int = 0) -> Iterato
     and \\N is missing. In other rows, \\x is x, and \\N or \\\\N is missing. (From real exports and
     from Snowflake's unloads, which they resemble.) Raises csv.Error."""
     for line in lines:
-        content = line.rstrip("\r\n")
+        content = line.removesuffix("\n").removesuffix("\r")
         if not content:
             continue
         quoted = content[0] == '"' or ('"' in content and bool(QUOTED_CELL.search(content)))
@@ -1062,13 +1062,13 @@ def split_row(line: str, more: Iterator[str], quoted: bool) -> list[str]:
     """The cells of any row, still escaped. Takes more lines if a quote or an escape is open."""
     if quoted:
         return next(csv.reader(chain([line], more), strict=True))
-    content = line.rstrip("\r\n")
+    content = line.removesuffix("\n").removesuffix("\r")
     while (len(content) - len(content.rstrip("\\"))) % 2:
         added = next(more, "")
         if not added or len(line) > MAX_ROW:
             raise csv.Error("a backslash at the end, or a row that is too long")
         line += added
-        content = line.rstrip("\r\n")
+        content = line.removesuffix("\n").removesuffix("\r")
     return ESCAPED_CELL.findall(content + ",")
 
 

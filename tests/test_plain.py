@@ -112,11 +112,14 @@ def test_cells(tmp_path, dialect, cell, plain):
         ),
         pytest.param(r"a,\"b\",1,x", 'a,"""b""",1,x', id="escaped quotes around a cell"),
         pytest.param(r'1,"b\",2,"x"', "1,b\\,2,x", id="a number first, and a backslash at the end"),
+        pytest.param("a,b,1,\\\n", 'a,b,1,"\n"', id="a line break at the end"),
+        pytest.param("a,b,1,\\\n\\\n", 'a,b,1,"\n\n"', id="two line breaks at the end"),
     ],
 )
 def test_what_counts_as_missing_or_quoted_is_decided_row_by_row(tmp_path, row, plain):
-    parts = [f"{','.join(NAMES)}\n{row}\n".encode()]
-    assert merge(tmp_path, parts, plain=True).decode().split("\r\n")[1] == plain
+    for line_end in ("\n", "\r\n"):
+        parts = [line_end.join([",".join(NAMES), row, row, ""]).encode()]
+        assert merge(tmp_path, parts, plain=True).decode().split("\r\n")[1:] == [plain, plain, ""]
 
 
 RUNS = list(make_runs(40, PRIMARY, 'Acme "R&D", Inc.', datetime(2026, 9, 1)))
