@@ -181,7 +181,7 @@ def display_width(text: str) -> int:
 
 def fit(text: str, width: int, right: bool = False) -> str:
     """The text shortened or padded to a width in columns."""
-    while display_width(text) > width:
+    while display_width(text) > max(width, 1):
         text = text[:-2] + "\u2026"
     padding = " " * (width - display_width(text))
     return padding + text if right else text + padding
@@ -247,7 +247,6 @@ class Console(logging.Handler):
 
 # --- Signals ---
 
-KEPT = "CircleCI keeps working on the export. Run the same command to collect it."
 MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you can spend another."
 
 
