@@ -627,7 +627,7 @@ def find_organizations(api: Api, settings: Settings) -> dict[str, str]:
         return {str(uuid.UUID(org["id"])): clean(org.get("name") or "") for org in answer["orgs"]}
 
     found = dict.fromkeys(settings.shared, "")
-    if not found and not settings.job_id:
+    if not found:
         try:  # an undocumented endpoint, seen in public code
             found = api.get(f"/private/orgs/{settings.primary}/plan/shares-for", parse)
         except ReportError as error:
@@ -1094,12 +1094,10 @@ def merge_parts(parts: Sequence[Path], report: BinaryIO, plain: bool) -> None:
                 suspect.unlink()  # so that the next run downloads it again
             raise ReportError(f"Part {number} {error}.") from None
         except csv.Error as error:
-            hint = "To get the rows as CircleCI wrote them, run again without --plain."
-            raise ReportError(f"Part {number} is not a valid CSV: {error}. {hint}") from None
+            raise ReportError(f"Part {number}: {error}. Run again without --plain.") from None
         except (zlib.error, EOFError, gzip.BadGzipFile):
             path.unlink()
-            text = f"Part {number} was damaged on disk and is removed. The next run downloads it."
-            raise ReportError(text, UNFINISHED) from None
+            raise ReportError(f"Part {number} was damaged on disk.", UNFINISHED) from None
     if not header:
         raise NothingToCollect("The export has no rows: no usage in this window.", NO_USAGE)
 
@@ -1108,9 +1106,8 @@ def merge_part(rows: Any, header: bytes, report: BinaryIO, plain: bool) -> bytes
     """Write one part. Returns the header line, which is empty until a part has one. Raises
     ValueError if the first line is not a header and does not fit it, csv.Error for other rows."""
     line = rows.readline(MAX_ROW)
-    bom = BOM if line.startswith(BOM) else b""
-    line = line[len(bom) :]
-    if not line:
+    line = line.removeprefix(BOM) if header or plain else line
+    if line in (b"", BOM):
         return header
     cells, columns = parse_line(line), parse_line(header)
     common = set(cells) & set(columns)
@@ -1118,70 +1115,56 @@ def merge_part(rows: Any, header: bytes, report: BinaryIO, plain: bool) -> bytes
         if len(cells) < 2 or not all(map(COLUMN_NAME.fullmatch, cells)):
             raise ValueError("is not a usage export: it has no column names")
         header = line
-        report.write(b"" if plain else bom)
     elif cells == columns:
         line = b""
-    elif len(common) > 1:  # a header, but not the same one
+    elif len(common) > 1 or len(cells) != len(columns):  # another header, or not a row
         changes = [f"without {name}" for name in columns if name not in common]
         changes += [f"with {name}" for name in cells if name not in common]
         text = clean(", ".join(changes)) or "in a different order"
-        raise ValueError(f"has different columns than part 1: {text}")
-    elif len(cells) != len(columns):
-        text = f"its first line has {len(cells)} cells, not {len(columns)}"
-        raise ValueError(f"does not match part 1: {text}")
+        raise ValueError(f"has {len(cells)} columns, part 1 has {len(columns)}: {text}")
     if plain:
         text_file = io.TextIOWrapper(report, "utf-8", newline="")
         csv.writer(text_file).writerows(read_rows(read_lines(rows, line), len(cells)))
         text_file.detach()
         return header
-    last = line or b"\n"
-    for block in chain([line], iter(partial(rows.read, BLOCK), b"")):
-        report.write(block)
-        last = block or last
-    if not last.endswith(b"\n"):
+    report.write(line)
+    for line in iter(partial(rows.read, BLOCK), b""):
+        report.write(line)
+    if line and not line.endswith(b"\n"):
         report.write(b"\r\n" if header.endswith(b"\r\n") else b"\n")
     return header
 
 
 def publish_report(export: Export, label: str, plain: bool) -> Path:
     """Move the merged file into place atomically, never over another file. Returns its path."""
-    merged, output, moment = export.folder / MERGED, export.folder.parent, time.time()
-    while True:
+    report, moment = export.folder, time.time()  # a name that is taken, to start with
+    while report.exists():
         stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(moment))
-        report = output / f"all_orgs_{stamp}_{label}.csv"
-        moment += 1
-        if report.exists():
-            continue
-        export.report, export.plain = report.name, plain
-        export.save()  # so that the next run recognizes the report if this one is killed
-        try:
-            os.link(merged, report)
-        except FileExistsError:
-            continue
-        except OSError:  # no hard links on this file system
-            os.rename(merged, report)
-        flush_folder(output)
-        return report
+        report, moment = export.folder.with_name(f"all_orgs_{stamp}_{label}.csv"), moment + 1
+    export.report, export.plain = report.name, plain
+    export.save()  # so that the next run recognizes the report if this one is killed
+    try:
+        os.link(export.folder / MERGED, report)
+    except FileExistsError:  # Another run has just taken the name.
+        return publish_report(export, label, plain)
+    except OSError:  # no hard links on this file system
+        os.rename(export.folder / MERGED, report)
+    flush_folder(report.parent)
+    return report
 
 
 # --- Summary, from the finished report ---
 
 COUNTED = ["ORGANIZATION_ID", "ORGANIZATION_NAME", "PROJECT_ID", "PROJECT_NAME", "TOTAL_CREDITS"]
 CREDITS = re.compile(r"(-?[0-9]{1,12}(\.[0-9]{1,9})?)?")  # so that sums are exact
-Key = tuple[str, ...]  # (), (organization ID,), or (organization ID, project ID)
-
-
-class Usage(NamedTuple):
-    """Rows, credits, and names: in total, by organization, and by project."""
-
-    rows: Counter[Key]
-    credits: defaultdict[Key, Decimal]
-    names: dict[Key, str]
+Key = tuple[str, ...]  # () for the total, (organization ID,), or (organization ID, project ID)
+Usage = tuple[Counter[Key], defaultdict[Key, Decimal], dict[Key, str]]  # rows, credits, names
 
 
 def count_usage(report: Path, plain: bool) -> Usage:
     """Raises ValueError or csv.Error if the usage cannot be counted exactly."""
-    usage = Usage(Counter(), defaultdict(Decimal), {})
+    usage: Usage = (Counter(), defaultdict(Decimal), {})
+    counts, totals, names = usage
     with open(report, "rb") as file:
         columns = parse_line(file.readline(MAX_ROW))
         missing = [name for name in COUNTED if name not in columns]
@@ -1191,8 +1174,7 @@ def count_usage(report: Path, plain: bool) -> Usage:
         limit = 1 + max(index for index in indexes if index < len(columns) - 1)
         pick = itemgetter(*(index if index < limit else -1 for index in indexes))
         lines = read_lines(file)
-        rows: Iterator[list[str]] = csv.reader(lines, strict=True) if plain else iter(())
-        rows = rows if plain else read_rows(lines, len(columns), limit)
+        rows = csv.reader(lines, strict=True) if plain else read_rows(lines, len(columns), limit)
         # Most rows of a project are alike: to count first and add later is fast.
         for chunk in iter(lambda: Counter(map(pick, islice(rows, 1 << 16))), Counter()):
             for row, times in chunk.items():
@@ -1201,55 +1183,42 @@ def count_usage(report: Path, plain: bool) -> Usage:
                     raise ValueError(f"{clean(credits)} is not a valid number of credits")
                 key, used = (organization_id.lower(), project_id), Decimal(credits or 0) * times
                 for size, name in enumerate(("", organization, project)):
-                    usage.rows[key[:size]] += times
-                    usage.credits[key[:size]] += used
-                    usage.names[key[:size]] = name
+                    counts[key[:size]] += times
+                    totals[key[:size]] += used
+                    names[key[:size]] = name
     return usage
-
-
-def format_summary(usage: Usage, organizations: Mapping[str, str], width: int) -> list[str]:
-    """A table of the organizations, and one of the projects with the most credits."""
-    names = {key: clean(name) for key, name in usage.names.items()}
-    names.update({(key,): name for key, name in organizations.items() if name})
-    bar = 20 if 80 <= width < LOG_WIDTH else 0
-
-    def figures(key: Key, bar: int = 0) -> list[str]:
-        credits, total = usage.credits[key], usage.credits[()]
-        share = credits / total if total else Decimal()
-        cells = [f"{usage.rows[key]:,}", f"{credits.normalize():,f}", f"{share:.1%}"]
-        return cells + [("#" * round(bar * share)).ljust(bar)] if bar else cells
-
-    keys = sorted(usage.names, key=lambda key: (-usage.credits[key], names[key], key))
-    rows = [["ORGANIZATION", "ROWS", "CREDITS", "SHARE", ""]]
-    rows += [[names[key] or key[0], *figures(key, bar)] for key in keys if len(key) == 1]
-    unused = [key for key in organizations if (key,) not in usage.rows]
-    rows += [[organizations[key] or key, "no usage", "", "", ""] for key in unused]
-    rows.append(["Total", *figures((), bar)])
-    projects = [["PROJECT", "ORGANIZATION", "ROWS", "CREDITS", "SHARE"]]
-    for key in [key for key in keys if len(key) == 2][:MAX_LISTED]:
-        projects.append([names[key] or "-", names[key[:1]] or key[0], *figures(key)])
-    return [format_table(rows, 1, width), format_table(projects, 2, width)]
 
 
 def show_summary(
     report: Path, plain: bool, organizations: Mapping[str, str], width: int, started: float
 ) -> None:
-    """The report is published, so whatever goes wrong here is a notice."""
-    try:
-        usage = count_usage(report, plain)
-        for table in format_summary(usage, organizations, width):
-            log.log(TABLE, "%s", table)
-        size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
-        log.info(f"{usage.rows[()]:,} rows, {size}, {duration}")
-    except Exception as error:
-        log.warning("No summary: %s. The report is complete.", clean(error))
+    """Show the organizations, the projects with the most credits, and the totals."""
+    counts, totals, names = count_usage(report, plain)
+    names = {key: clean(name or "".join(key[-1:])) or "-" for key, name in names.items()}
+    names.update({(key,): name for key, name in organizations.items() if name})
+    bar = 20 if 80 <= width < LOG_WIDTH else 0
+    tables: list[list[list[str]]] = [[], [], []]  # the total, organizations, projects
+    for key in sorted({(), *counts}, key=lambda key: (-totals[key], key)):
+        share = totals[key] / totals[()] if totals[()] else Decimal()
+        labels = [names[key[:size]] for size in (2, 1) if size <= len(key)]
+        figures = [f"{counts[key]:,}", f"{totals[key].normalize():,f}", f"{share:.1%}"]
+        tables[len(key)].append([*labels, *figures, ("#" * round(bar * share)).ljust(bar)])
+    unused = [name or each for each, name in organizations.items() if (each,) not in counts]
+    tables[1] += [[name, "no usage", "", "", ""] for name in unused]
+    titles = ["ROWS", "CREDITS", "SHARE"]
+    rows = [["ORGANIZATION", *titles, ""], *tables[1], ["Total", *tables[0][0]]]
+    log.log(TABLE, "%s", format_table(rows, 1, width))
+    rows = [["PROJECT", "ORGANIZATION", *titles], *tables[2][:MAX_LISTED]]
+    log.log(TABLE, "%s", format_table(rows, 2, width))
+    size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
+    log.info(f"{counts[()]:,} rows, {size}, {duration}")
 
 
 # --- The run ---
 
 
 def show_request(settings: Settings, organizations: Mapping[str, str], width: int) -> None:
-    if not settings.start:
+    if settings.job_id:
         log.info("Collecting export job %s.", settings.job_id)
         return
     first, last = settings.start[:10], settings.end[:10]
@@ -1259,11 +1228,9 @@ def show_request(settings: Settings, organizations: Mapping[str, str], width: in
     log.log(TABLE, "%s", format_table(rows[: MAX_LISTED + 1], 2, width))
     if len(organizations) > MAX_LISTED:
         log.info("... and %d more", len(organizations) - MAX_LISTED)
-    refreshed = time.gmtime(time.time() - REFRESH_HOURS * 3600)
-    incomplete = max(first, time.strftime("%Y-%m-%d", refreshed))
-    if incomplete <= last:
-        days = f"{incomplete} to {last}" if incomplete < last else last
-        log.warning("CircleCI may not have complete usage for %s yet.", days)
+    refreshed = time.strftime("%Y-%m-%d", time.gmtime(time.time() - REFRESH_HOURS * 3600))
+    if refreshed <= last:
+        log.warning("Usage from %s on may not be complete yet.", max(first, refreshed))
 
 
 def obtain_parts(
@@ -1275,13 +1242,12 @@ def obtain_parts(
     try:
         return export, collect_parts(api, export)
     except ReportError as error:
-        if error.status != 404:
-            raise
+        if error.status != 404 or (settings.job_id and export.requested_at):
+            raise  # With --job-id, the folder of the run that requested the job stays.
         if settings.primary not in (row[2].lower() for row in list_collaborations(api)):
-            text = f"{error} The token has no access to organization {settings.primary}."
-            raise ReportError(text) from None
-        if settings.job_id:  # The folder of the run that requested the job stays.
-            raise (ReportError if export.requested_at else NothingToCollect)(str(error)) from None
+            raise ReportError(f"{error} CIRCLE_TOKEN has no access to PRIMARY_ORG_ID.") from None
+        if settings.job_id:
+            raise NothingToCollect(str(error)) from None
     log.warning("CircleCI cannot find export job %s. Requesting the export again.", export.job_id)
     export = request()
     return export, collect_parts(api, export)
@@ -1296,10 +1262,9 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
         return INVALID
     owner = api.get("/api/v2/me", lambda me: f"{me.get('name') or '-'} ({me['login'].strip()})")
     log.info("Signed in as %s.", clean(owner))
-    organizations = find_organizations(api, settings)
+    organizations = {} if settings.job_id else find_organizations(api, settings)
     show_request(settings, organizations, console.width())
-    ids = list(organizations)
-    body = {"start": settings.start, "end": settings.end, "shared_org_ids": ids}
+    body = {"start": settings.start, "end": settings.end, "shared_org_ids": list(organizations)}
     if args.dry_run:
         post = f"POST {api.exports}\n{json.dumps(body, indent=2)}"
         text = f"GET {api.exports}/{settings.job_id}" if settings.job_id else post
@@ -1323,8 +1288,10 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
             interruption.succeeded = True
             remove_folder(folder)
     if not args.quiet:
-        shown = organizations if settings.start else {}
-        show_summary(report, args.plain, shown, console.width(), started)
+        try:
+            show_summary(report, args.plain, organizations, console.width(), started)
+        except Exception as error:  # The report is published all the same.
+            log.warning("No summary: %s. The report is complete.", clean(error))
     return 0
 
 

@@ -360,7 +360,7 @@ def test_an_end_that_is_now_is_not_cut(fake, run):
         pytest.param(
             "2026-10-24T03:00:00Z",
             window("2026-10-01", "2026-10-24"),
-            "2026-10-23 to 2026-10-24",
+            "2026-10-23",
             id="through today, at night",
         ),
         pytest.param(
@@ -371,10 +371,12 @@ def test_an_end_that_is_now_is_not_cut(fake, run):
         ),
     ],
 )
-def test_a_notice_names_days_that_circleci_may_not_have_completed(run, clock, now, arguments, days):
+def test_a_notice_names_the_first_day_that_circleci_may_not_have_completed(
+    run, clock, now, arguments, days
+):
     clock.now = at(now)
     result = run("--dry-run", *arguments)
-    notice = re.search("notice: CircleCI may not have complete usage for (.*) yet[.]", result.err)
+    notice = re.search("notice: Usage from (.*) on may not be complete yet[.]", result.err)
     assert (notice[1] if notice else "") == days and result.code == 0
 
 

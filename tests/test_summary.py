@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from collections import Counter
 from datetime import datetime
@@ -53,8 +54,8 @@ def count(folder: Path, content: bytes, plain: bool = False) -> dict[str, tuple[
     """Rows and credits by organization ID, as count_usage() finds them in a report."""
     report = folder / "report.csv"
     report.write_bytes(content)
-    usage = usage_report.count_usage(report, plain)
-    return {key[0]: (usage.rows[key], usage.credits[key]) for key in usage.rows if len(key) == 1}
+    counts, credits, _ = usage_report.count_usage(report, plain)
+    return {key[0]: (counts[key], credits[key]) for key in counts if len(key) == 1}
 
 
 def expected(rows: list[list[Cell]]) -> dict[str, tuple[int, Decimal]]:
@@ -314,13 +315,14 @@ LONG = "a-very-long-organization-name " * 3
 @pytest.mark.parametrize(
     "name", ["Acme", LONG, "\u682a\u5f0f\u4f1a\u793e" * 12, "\U0001f680 rocket"]
 )
-def test_the_tables_fit_the_terminal(tmp_path, width, name):
+def test_the_tables_fit_the_terminal(tmp_path, caplog, width, name):
     """The bar appears where there is room."""
     report = tmp_path / "report.csv"
     rows = [row(PRIMARY, name, project=name, credits=1_234_567), row(OTHER, "b", credits=1)]
     report.write_bytes(HEADER + b"".join(map(write_row, rows)))
-    usage = usage_report.count_usage(report, False)
-    tables = usage_report.format_summary(usage, {**ORGANIZATIONS, PRIMARY: ""}, width)
+    caplog.set_level(logging.DEBUG, "usage_report")
+    usage_report.show_summary(report, False, {**ORGANIZATIONS, PRIMARY: ""}, width, 0)
+    tables = caplog.messages[:2]
     for line in "\n".join(tables).split("\n"):
         assert usage_report.display_width(line) <= width
     assert "1,234,567" in tables[0] and "100.0%" in tables[0]
