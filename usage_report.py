@@ -861,7 +861,7 @@ def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str]]:
     export.requested_at = export.requested_at and export.requested_at - set_back
     due = next_poll(export.requested_at, export.polls, export.completed)
     sleep(due - now, f"Export: {state}{export.age()}. Next check in")
-    export.polls = [*export.polls, max(due, time.time())][-GETS_PER_HOUR:]
+    export.polls = [*export.polls, time.time()][-GETS_PER_HOUR:]
     export.save()  # before the GET, which counts even if this run is killed before the response
     try:
         return api.request("GET", f"{api.exports}/{export.job_id}", parse_job)

@@ -159,6 +159,16 @@ def test_a_disk_that_is_full_at_every_operation(small, run, tmp_path):
     assert hints
 
 
+def test_a_disk_without_room_for_a_job_id_costs_no_export(fake, run, output):
+    def refuse(done: int, operation: str) -> None:
+        if operation == "open state.json.new":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with watch(output, refuse):
+        assert run().code == 75
+    assert not fake.requests("POST") and run().code == 0
+
+
 def test_a_quota_that_is_used_up(run, output):
     def refuse(done: int, operation: str) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")

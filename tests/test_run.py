@@ -221,6 +221,13 @@ def test_answers(fake, run, output, kind, answers, code, message):
     assert len(fake.jobs) <= 1 and leftovers(output) == []
 
 
+def test_pauses_between_retries_grow(fake, run):
+    fake.plan("me", *always(problem(503, "Later.")))
+    run()
+    times = [seen.at for seen in fake.requests("GET", contains="/me")]
+    assert [round(later - at) for at, later in zip(times, times[1:])] == [1, 2, 4, 8, 16]
+
+
 @pytest.mark.parametrize("content", SHAPES, ids=json.dumps)
 @pytest.mark.parametrize("kind", ["me", "POST", "GET"])
 def test_json_of_another_shape(fake, run, output, kind, content):
