@@ -742,22 +742,22 @@ class Export:
 
 def load_export(folder: Path) -> Export | None:
     """An earlier run's export: only its job ID if any value is invalid, None if there is none."""
-    job_id = None
+    found = None
     for name in (STATE + ".new", STATE):  # the draft, if a run was killed just after the POST
         with contextlib.suppress(FileNotFoundError):
             text = (folder / name).read_text("utf-8", errors="replace")
-            job_id = re.search(rf'(?i)"job_id"\s*:\s*"({UUID})"', text) or job_id
-    if not job_id:
+            found = re.search(rf'(?i)"job_id"\s*:\s*"({UUID})"', text) or found
+    if not found:
         return None
-    value = r"|[0-9-]{10}T[0-9:]{8}Z|all_orgs_[\w-]+\.csv|part-[\w-]+\.csv\.gz"
+    names = r"|[0-9-]{10}T[0-9:]{8}Z|all_orgs_[\w-]+\.csv|part-[\w-]+\.csv\.gz"
     with contextlib.suppress(TypeError, ValueError, RecursionError):
-        export = Export(folder, **{**json.loads(job_id.string), "job_id": job_id[1].lower()})
+        export = Export(folder, **{**json.loads(found.string), "job_id": found[1].lower()})
         times = [*export.polls, export.requested_at or 1]
-        names = [export.end, export.report, *export.parts]
         valid = all(type(at) in (int, float) and 0 < at < time.time() + 86400 for at in times)
-        if valid and all(re.fullmatch(value, name) for name in names):
+        texts = [export.end, export.report, *export.parts]
+        if valid and all(re.fullmatch(names, text) for text in texts):
             return export
-    return Export(folder, job_id[1].lower())
+    return Export(folder, found[1].lower())
 
 
 def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
