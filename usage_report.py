@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write one CSV of CircleCI usage for every organization on a plan.
+"""Write the CircleCI usage of all organizations on a plan to one CSV file.
 
-A run signs in, finds the organizations that share the plan, requests ONE export
+A run signs in, finds the organizations that share the plan, requests one export
 for all of them, waits for it, downloads its parts, merges them, publishes the
 report, prints its path to stdout, and shows a summary on stderr.
 
@@ -26,7 +26,9 @@ if sys.version_info < (3, 9):
     sys.exit(f"usage_report.py needs Python 3.9 or newer. Install a newer Python first. {SETUP}")
 
 SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-SIGNALS = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+SIGNALS = [
+    number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+]  # as by nohup
 if __name__ == "__main__":  # The imports below take a while. Ctrl-C must not show a traceback.
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(128 + number))
@@ -88,9 +90,9 @@ GETS_PER_HOUR = 10  # per organization; POSTs have the same limit
 QUERY_LIMIT = 4 * 3600  # seconds an export may take
 # Usage is refreshed "daily, through the previous day" (CircleCI's changelog). The hour is a guess.
 REFRESH_HOURS = 6  # after midnight UTC
-UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+ID_PATTERN = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 ISO = "%Y-%m-%dT%H:%M:%SZ"  # times in UTC
-LINK = r"https?://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*"
+LINK_PATTERN = r"https?://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*"
 
 # --- Choices of this script (in seconds, bytes, or characters) ---
 
@@ -118,7 +120,7 @@ csv.field_size_limit(MAX_ROW)
 
 
 class ReportError(Exception):
-    """Ends the run. The text says what happened, why, and what to do next. `sent`: the request may
+    """Ends the run. Its text says what happened, why, and what to do next. `sent`: the request may
     have reached the server. `wait`: seconds until the rate limit allows the next request."""
 
     def __init__(
@@ -137,7 +139,7 @@ class NothingToCollect(ReportError):
 
 
 def require(valid: object, text: str) -> None:
-    """Ends the run because of an invalid setting, unless it is valid."""
+    """Raise the error for an invalid setting, unless it is valid."""
     if not valid:
         raise ReportError(text, INVALID)
 
@@ -148,7 +150,7 @@ SECRETS: set[str] = set()  # the token, once it is known
 
 
 def redact(text: str) -> str:
-    """The text without the token, the query part of URLs, and control characters."""
+    """Mask the token, the query part of URLs, and control characters other than newlines."""
     for secret in SECRETS:
         text = text.replace(secret, "[token]")
     query = r"(?i)(\?(?=[^\s?]*=)|(?:signature|credential|token|sig)=)\S+"
@@ -157,7 +159,7 @@ def redact(text: str) -> str:
 
 
 def clean(text: object) -> str:
-    """External text, redacted, on one line, and cut short."""
+    """External text on one line, redacted and cut to MAX_TEXT characters."""
     line = redact(" ".join(str(text).split()))
     return line if len(line) <= MAX_TEXT else line[: MAX_TEXT - 1] + "\u2026"
 
@@ -218,7 +220,7 @@ class Console(logging.Handler):
         self.live = False  # A live line is on the screen.
 
     def width(self) -> int:
-        """Columns of stderr's terminal (stdout may be captured); LOG_WIDTH if it is none."""
+        """Columns of stderr's terminal (stdout may be captured); LOG_WIDTH if it is not one."""
         with contextlib.suppress(OSError):
             if self.terminal:
                 return os.get_terminal_size(self.stream.fileno()).columns or 80
@@ -270,8 +272,10 @@ class Interruption:
         if self.succeeded:
             os._exit(0)
         text = self.advice
-        if keeps_export(self.folder):
+        if holds_export(self.folder):
             text = "CircleCI keeps working on the export. Run the same command to collect it."
+        elif self.folder:
+            remove_folder(self.folder)
         with contextlib.suppress(OSError):  # skip logging: the interrupted code may hold its locks
             line = self.console.render(logging.CRITICAL, f"Interrupted. {text}")
             os.write(self.console.stream.fileno(), line.encode())
@@ -297,10 +301,18 @@ LOOPBACK = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
 BASE_URL = rf"(https://[a-z0-9-]{{1,63}}(\.[a-z0-9-]{{1,63}})*|{LOOPBACK})(:[1-6]?[0-9]{{1,4}})?/?"
 VARIABLES = {  # what each must match, what it must be, and an example
     "CIRCLE_TOKEN": ("[!-~]+", "a personal API token", "CCIPAT_..."),
-    "PRIMARY_ORG_ID": (UUID, "the UUID of the plan's owner (empty: lists yours)", EXAMPLE),
-    "START_DATE": (".*", "the first day (--start and --period override it)", ""),
-    "END_DATE": (".*", "the last day (--end and --period override it)", ""),
-    "SHARED_ORG_IDS": (rf"({UUID}|\s|,)*", "UUIDs of organizations, separated by commas", EXAMPLE),
+    "PRIMARY_ORG_ID": (
+        ID_PATTERN,
+        "the plan owner's UUID; leave it empty to list yours",
+        EXAMPLE,
+    ),
+    "START_DATE": (".*", "the first day, unless --start or --period is used", ""),
+    "END_DATE": (".*", "the last day, unless --end or --period is used", ""),
+    "SHARED_ORG_IDS": (
+        rf"({ID_PATTERN}|\s|,)*",
+        "UUIDs of organizations, separated by commas",
+        EXAMPLE,
+    ),
     "CIRCLECI_BASE_URL": (BASE_URL, "https:// and a host name", "https://circleci.com"),
 }
 
@@ -324,7 +336,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="usage_report.py",
         description=__doc__,
-        epilog="\n".join(["Settings in the environment or .env (first two required):", *texts]),
+        epilog="\n".join(["Settings, from the environment or .env:", *texts]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -355,7 +367,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_settings(args: argparse.Namespace) -> Settings:
-    """All settings, validated. Raises ReportError, or OSError if the disk is full."""
+    """All settings, validated; creates the output folder. Raises ReportError or OSError."""
     env_file, text = Path(args.env_file or SCRIPT_FOLDER / ".env").absolute(), ""
     try:
         if args.env_file or env_file.exists():
@@ -364,7 +376,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
         reason = getattr(error, "strerror", "save it as UTF-8")
         hint = "Copy .env.example to .env, or correct --env-file."
         require(False, f"Cannot read {env_file}: {reason}. {hint}")
-    # No interpolation: a $ in a token is just a $.
+    # No interpolation: a $ in a value is a $.
     in_file = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
     values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
     source = "the environment" if values["CIRCLE_TOKEN"] else str(env_file)
@@ -374,9 +386,11 @@ def load_settings(args: argparse.Namespace) -> Settings:
     require(token not in ("", PLACEHOLDER), f"CIRCLE_TOKEN is not set in {source}. {how}")
     SECRETS.add(token)
     for name, (pattern, text, example) in VARIABLES.items():
-        valid = re.fullmatch(f"({pattern})?", values[name], re.IGNORECASE)
+        valid = re.fullmatch(f"({pattern})?", values[name], re.IGNORECASE | re.DOTALL)
         require(valid, f"{name} must be {text}, such as {example}.")  # The value may be a token.
-    require(re.fullmatch(f"({UUID})?", job_id), f"--job-id must be a UUID, such as {EXAMPLE}.")
+    require(
+        re.fullmatch(f"({ID_PATTERN})?", job_id), f"--job-id must be a UUID, such as {EXAMPLE}."
+    )
     output = Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute()
     text = f"Cannot write to {output}. Use --output-dir with another folder, such as reports."
     try:
@@ -387,7 +401,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
     require(os.access(output, os.W_OK | os.X_OK), text)
     primary = values["PRIMARY_ORG_ID"].lower()
     base_url = (values["CIRCLECI_BASE_URL"] or "https://circleci.com").lower().rstrip("/")
-    shared = re.findall(UUID, values["SHARED_ORG_IDS"].lower())
+    shared = re.findall(ID_PATTERN, values["SHARED_ORG_IDS"].lower())
     given = args.start or args.end or args.period  # validated even with --job-id
     window = choose_window(args, values) if given or (primary and not job_id) else ()
     window = () if job_id else window
@@ -454,12 +468,13 @@ def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> tuple[
 
 # --- Requests: sent in one place, with limits on time and size ---
 
-# Calls that a server can stall run here: the caller times out, and the thread stays behind.
+# Runs calls that a server can stall. The caller times out; the thread may keep running.
 WORKERS = concurrent.futures.ThreadPoolExecutor(100)
 
 # What the exception says, whether the request may have been sent, and what to tell the user. It
 # counts as not sent only if there was no connection yet.
 FAILURES = (
+    ("Connection (aborted|broken)", True, "connection lost"),
     ("^TimeoutError|Read timed out", True, "no complete response in time"),
     ("CA certificate bundle", False, "CA bundle not found. Check REQUESTS_CA_BUNDLE"),
     ("for SOCKS", False, "SOCKS support is missing. Set HTTPS_PROXY to an http:// proxy"),
@@ -487,8 +502,8 @@ def explain_failure(error: BaseException) -> tuple[bool, str]:
 
 
 def send(method: str, url: str, token: str = "", body: object = None) -> requests.Response:
-    """The response, its body unread. Uses an adapter, because a session keeps cookies, reads
-    ~/.netrc, and parses the target of every redirect."""
+    """The response, its body unread. Sent through an adapter, because a session stores cookies,
+    reads ~/.netrc, and parses redirects. Here, the session only reads the proxy and CA settings."""
     headers = {"User-Agent": f"circleci-usage-report/{__version__}", "Accept-Encoding": "identity"}
     if token:
         headers["Circle-Token"] = token
@@ -509,8 +524,8 @@ def rate_limit_seconds(headers: Mapping[str, str]) -> float:
 
 
 def sleep(seconds: float, text: str) -> None:
-    """Sleep, showing the text and the time left. In slices: a clock that is set back delays
-    nothing, and the time that a laptop is asleep counts, too."""
+    """Sleep, showing the text and the time left. Sleeps at most 1 s at a time, so that the time a
+    laptop is asleep counts, and a clock that is set back adds no delay."""
     while seconds > 0:
         log.log(LIVE, "%s %s", text, format_duration(seconds))
         started, pause = time.time(), min(seconds, 1)
@@ -600,13 +615,13 @@ def list_collaborations(api: Api) -> list[list[str]]:
     def parse(answer: Any) -> list[list[str]]:
         keys = ("name", "slug", "id")
         rows = [[clean(entry.get(key) or "-") for key in keys] for entry in answer]
-        return [row for row in rows if re.fullmatch(UUID, row[2].lower())]
+        return [row for row in rows if re.fullmatch(ID_PATTERN, row[2].lower())]
 
     return api.get("/api/v2/me/collaborations", parse)
 
 
 def primary_question(api: Api, width: int) -> str:
-    """Asks for PRIMARY_ORG_ID and lists the choices."""
+    """The text that asks for PRIMARY_ORG_ID and lists the choices."""
     rows = list_collaborations(api)
     if not rows:
         raise ReportError("The owner of CIRCLE_TOKEN has no organizations. Use another token.")
@@ -640,12 +655,12 @@ def find_organizations(api: Api, settings: Settings) -> dict[str, str]:
 
 # --- Files and the export's folder ---
 
-MERGED, STATE, LOCK = "merged.csv", "state.json", "write.lock"  # sorted by name
+MERGED, STATE, LOCK = "merged.csv", "state.json", "lock"
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its final name once it is complete and flushed to disk."""
+    """A draft file that gets its final name once it is complete and flushed to disk."""
     draft = path.with_name(path.name + ".new")
     try:
         with open(draft, "wb") as file:
@@ -669,7 +684,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
-    """Lock an export's folder for this run."""
+    """Lock an export's folder for this run. Removes it if it holds no export at the end."""
     folder.mkdir(exist_ok=True)
     with open(folder / LOCK, "a+b") as file:
         try:
@@ -677,7 +692,9 @@ def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            if not os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                raise BlockingIOError  # Another run has just removed the folder.
+        except (BlockingIOError, PermissionError, FileNotFoundError):
             raise ReportError("Another run is working on this export. Wait for it.") from None
         except OSError as error:
             log.warning("Cannot lock %s (%s). Do not start another run.", file.name, error.strerror)
@@ -687,26 +704,24 @@ def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
         except NothingToCollect:
             remove_folder(folder)
             raise
-    if sys.platform == "win32":
-        keeps_export(folder)  # Windows cannot remove an open file.
+        finally:
+            if not holds_export(folder):
+                remove_folder(folder)
+    if sys.platform == "win32" and not holds_export(folder):
+        remove_folder(folder)  # Windows cannot remove an open file.
 
 
-def keeps_export(folder: Path | None) -> bool:
-    """Whether the folder holds an export. Removes the folder if not."""
+def holds_export(folder: Path | None) -> bool:
     try:
-        if folder and load_export(folder):
-            return True
-    except OSError:  # not readable now, but it may hold one
+        return folder is not None and load_export(folder) is not None
+    except OSError:  # It cannot be read now, but it may hold one.
         return True
-    if folder:
-        remove_folder(folder)
-    return False
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove an export's folder, sorted: the state after what it describes, and the lock last."""
+    """Remove an export's folder: the state after what it describes, and the lock last."""
     with contextlib.suppress(OSError):
-        for path in sorted(folder.iterdir()):
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name == LOCK, path.name)):
             path.unlink()
         folder.rmdir()
 
@@ -725,7 +740,6 @@ class Export:
     requested_at: float | None = None  # unix seconds; None if not known
     polls: list[float] = field(default_factory=list)  # unix seconds of the organization's last GETs
     completed: bool = False  # CircleCI has returned download links.
-    parts: list[str] = field(default_factory=list)  # file names; empty if not known
     report: str = ""  # the report's name, recorded before it is published
     plain: bool = False  # whether that report is plain CSV
 
@@ -741,21 +755,20 @@ class Export:
 
 
 def load_export(folder: Path) -> Export | None:
-    """An earlier run's export: only its job ID if any value is invalid, None if there is none."""
+    """The export of an earlier run, or None. If any value is invalid, only its job ID is used."""
     found = None
     for name in (STATE + ".new", STATE):  # the draft, if a run was killed just after the POST
         with contextlib.suppress(FileNotFoundError):
             text = (folder / name).read_text("utf-8", errors="replace")
-            found = re.search(rf'(?i)"job_id"\s*:\s*"({UUID})"', text) or found
+            found = re.search(rf'(?i)"job_id"\s*:\s*"({ID_PATTERN})"', text) or found
     if not found:
         return None
-    names = r"|[0-9-]{10}T[0-9:]{8}Z|all_orgs_[\w-]+\.csv|part-[\w-]+\.csv\.gz"
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         export = Export(folder, **{**json.loads(found.string), "job_id": found[1].lower()})
         times = [*export.polls, export.requested_at or 1]
         valid = all(type(at) in (int, float) and 0 < at < time.time() + 86400 for at in times)
-        texts = [export.end, export.report, *export.parts]
-        if valid and all(re.fullmatch(names, text) for text in texts):
+        valid = valid and bool(re.fullmatch("([0-9-]{10}T[0-9:]{8}Z)?", export.end))
+        if valid and re.fullmatch(r"(all_orgs_[\w-]{1,200}\.csv)?", export.report):
             return export
     return Export(folder, found[1].lower())
 
@@ -788,10 +801,12 @@ def resume_export(folder: Path, settings: Settings) -> Export | None:
 def request_export(
     api: Api, body: Mapping[str, Any], folder: Path, interruption: Interruption
 ) -> Export:
-    """A new export job, its ID on disk. A POST with an unknown outcome may have started an export,
-    and the API does not list exports. So it is sent at most once more."""
+    """Start an export job and save its ID. A POST with an unknown outcome may have started one, and
+    the API does not list exports. So it is sent at most once more."""
     earlier = load_export(folder)
     draft = Export(folder, "", body["end"], polls=earlier.polls if earlier else [])
+    for path in folder.glob("part-*"):  # of the earlier job
+        path.unlink()
     draft.save()  # A full disk fails here, before anything is spent.
 
     def parse_job_id(answer: Any) -> str:
@@ -802,11 +817,13 @@ def request_export(
             requested_at = time.time()
             try:
                 job_id = api.request("POST", api.exports, parse_job_id, body)
-                export = replace(draft, job_id=job_id, requested_at=requested_at)
-                export.save()
             except RetryableError as error:
-                interruption.advice = MAY_HAVE_STARTED if error.sent else interruption.advice
+                if error.sent:
+                    interruption.advice = MAY_HAVE_STARTED
                 raise
+            export = replace(draft, job_id=job_id, requested_at=requested_at)
+            try:
+                export.save()
             except OSError as error:
                 text = f"Cannot record the export job: {error.strerror}. Fix that and run the"
                 interruption.advice = f"{text} same command with --job-id {job_id}"
@@ -816,7 +833,7 @@ def request_export(
 
     try:
         return retry(post, pauses=(16,) * 5, max_sent=2)
-    except RetryableError as error:
+    except ReportError as error:
         if interruption.advice != MAY_HAVE_STARTED:
             raise
         raise ReportError(f"{error} {MAY_HAVE_STARTED}") from None
@@ -828,23 +845,24 @@ def request_export(
 # GROWTH**n after the POST, and GET 10 an hour after GET 0 (FIRST_POLL * GROWTH**10 - FIRST_POLL).
 GROWTH: float = (HOUR / FIRST_POLL + 1) ** (1 / GETS_PER_HOUR)
 POLL_INTERVAL = HOUR / GETS_PER_HOUR  # after the first hour
-MAX_POLLS = GETS_PER_HOUR + math.ceil((PATIENCE - HOUR) / POLL_INTERVAL)
 
 
 def next_poll(requested_at: float | None, polls: Sequence[float], completed: bool = False) -> float:
     """When (unix seconds) the next GET is due: in a geometric series for an hour, then every 6
     minutes; at once if the job's age is unknown, or it is completed and only needs new links."""
     allowed = polls[-GETS_PER_HOUR] + HOUR if len(polls) >= GETS_PER_HOUR else 0
-    start = requested_at or (polls[0] if polls else 0) - FIRST_POLL
+    if completed or not (requested_at or polls):
+        return allowed
+    start = requested_at or polls[0] - FIRST_POLL
     elapsed = polls[-1] - start if polls else 0
     due = start + max(FIRST_POLL, min(elapsed * GROWTH, max(elapsed, HOUR) + POLL_INTERVAL))
-    return allowed if completed else max(due, allowed)
+    return max(due, allowed)
 
 
 def parse_job(answer: Any) -> tuple[str, list[str]]:
     """The state and download links of a job. Raises NothingToCollect if it failed."""
     state, links = clean(answer["state"]), answer.get("download_urls") or []
-    if not all(re.fullmatch(LINK, link) for link in links):
+    if not all(re.fullmatch(LINK_PATTERN, link) for link in links):
         raise ValueError
     if state == "failed":
         reason = clean(answer.get("error_reason") or "no reason given").rstrip(".")
@@ -856,7 +874,8 @@ def parse_job(answer: Any) -> tuple[str, list[str]]:
 def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str]]:
     """Send the next GET when it is due. A 404 is retryable, because the job may be very new."""
     now = time.time()
-    set_back = max([now, *export.polls]) - now  # by how much the clock was set back
+    # By how much the clock was set back
+    set_back = max([now, *export.polls, export.requested_at or now]) - now
     export.polls = [at - set_back for at in export.polls]
     export.requested_at = export.requested_at and export.requested_at - set_back
     due = next_poll(export.requested_at, export.polls, export.completed)
@@ -875,8 +894,9 @@ def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str]]:
 
 def wait_for_links(api: Api, export: Export) -> list[str]:
     """The download links of the completed job. Raises ReportError if it takes too long or fails."""
-    state, empty = "requested", 0
-    for _ in range(MAX_POLLS):
+    state, empty, now = "requested", 0, time.time()
+    left = PATIENCE - HOUR - (now - (export.requested_at or now))  # after an hour of this run
+    for _ in range(GETS_PER_HOUR + max(0, math.ceil(left / POLL_INTERVAL))):
         state, links = retry(partial(poll_job, api, export, state))
         log.log(STEP, "Export: %s%s", state, export.age())
         export.completed = state == "completed" and bool(links)
@@ -897,7 +917,7 @@ def wait_for_links(api: Api, export: Export) -> list[str]:
 class Part:
     number: int
     link: str  # signed
-    path: Path
+    stem: Path  # of its file
     received: int = 0  # bytes
     length: int | None = None  # bytes; None if not known
 
@@ -907,7 +927,7 @@ class Body(io.RawIOBase):
 
     def __init__(self, response: requests.Response, part: Part, copy: BinaryIO) -> None:
         self.raw, self.part, self.copy = response.raw, part, copy
-        self.raw.enforce_content_length = True  # urllib3 1.26 needs to be told.
+        self.raw.enforce_content_length = True  # urllib3 1.26 does not do this by default.
 
     def readable(self) -> bool:
         return True
@@ -921,30 +941,48 @@ class Body(io.RawIOBase):
         return len(block)
 
 
+def stored_parts(folder: Path) -> dict[str, Path]:
+    """The complete parts on disk, in order, by the stem of their names. A name ends with the size
+    in bytes: a file of another size is damaged."""
+    found = {}
+    for path in sorted(folder.glob("part-*.csv.gz")):
+        stem, _, size = path.name.partition(".")[0].rpartition("-")
+        if size == str(path.stat().st_size):
+            found[stem] = path
+    return found
+
+
+def part_stems(total: int, digest: str) -> list[str]:
+    return [f"part-{number:04}-of-{total:04}-{digest}" for number in range(1, total + 1)]
+
+
 def collect_parts(api: Api, export: Export) -> list[Path]:
     """The complete parts in order. Those from an earlier run are not downloaded again."""
+    found = stored_parts(export.folder)
+    digests = {stem.rpartition("-")[2] for stem in found}
+    if found and list(found) in [part_stems(len(found), digest) for digest in digests]:
+        return list(found.values())
     for _ in range(3):
-        # An empty file may be what a power failure has left.
-        complete = {path for path in export.folder.glob("part-*.gz") if path.stat().st_size}
-        paths = [export.folder / name for name in export.parts]
-        if paths and complete.issuperset(paths):
-            return paths
-        parts = []
-        for number, link in enumerate(wait_for_links(api, export), 1):
-            # The name stays the same when the link is signed again.
-            digest = hashlib.sha256(link.partition("?")[0].encode()).hexdigest()[:12]
-            parts.append(Part(number, link, export.folder / f"part-{number:04}-{digest}.csv.gz"))
-        export.parts = [part.path.name for part in parts]
+        links = wait_for_links(api, export)
         export.save()
-        if download_parts(parts, [part for part in parts if part.path not in complete]):
-            return [part.path for part in parts]
+        # The names stay the same when the links are signed again.
+        paths = "\n".join(link.partition("?")[0] for link in links)
+        stems = part_stems(len(links), hashlib.sha256(paths.encode()).hexdigest()[:12])
+        pairs = enumerate(zip(links, stems), 1)
+        parts = [Part(number, link, export.folder / stem) for number, (link, stem) in pairs]
+        if download_parts(parts):
+            found = stored_parts(export.folder)
+            return [found[stem] for stem in stems]
         log.warning("The download links have expired. Asking CircleCI for new links.")
-    raise ReportError("Downloads fail with new links, too. Check the network and HTTPS_PROXY.")
+    raise ReportError("Downloads still fail with new links. Check the network and HTTPS_PROXY.")
 
 
-def download_parts(parts: Sequence[Part], missing: Sequence[Part]) -> bool:
+def download_parts(parts: Sequence[Part]) -> bool:
     """Download the missing parts, a few at a time. Tries them all, keeps what is complete, and
     raises the first error. Returns whether all links were still valid."""
+    folder = parts[0].stem.parent
+    stored = stored_parts(folder)
+    missing = [part for part in parts if part.stem.name not in stored]
     pool = concurrent.futures.ThreadPoolExecutor(PARALLEL_DOWNLOADS)
     jobs = [pool.submit(retry, partial(download_part, part)) for part in missing]
     running = set(jobs)
@@ -953,7 +991,7 @@ def download_parts(parts: Sequence[Part], missing: Sequence[Part]) -> bool:
         size = format_size(sum(part.received for part in missing))
         if all(part.length is not None for part in missing):
             size += f" of {format_size(sum(part.length or 0 for part in missing))}"
-        complete = sum(part.path.exists() for part in parts)
+        complete = len(stored_parts(folder))
         level = LIVE if running else logging.INFO
         log.log(level, "Downloaded %s, %d of %d parts complete.", size, complete, len(parts))
     valid = [job.result() for job in jobs]  # Raises the first error.
@@ -975,20 +1013,22 @@ def download_part(part: Part) -> bool:
             if status != 200:
                 raise ReportError(f"{name} failed with {status}. The report needs every part.")
             part.length = response.raw.length_remaining
-            copy = stack.enter_context(new_file(part.path))
+            copy = stack.enter_context(new_file(part.stem))
             body: Any = io.BufferedReader(Body(response, part, copy), READ_BYTES)
             rows = decompress(body)
             first = rows.readline(MAX_ROW)
             if first and not ROW_START.match(first):
                 raise RetryableError(f"{name} is not a CSV. It may be a web page or JSON.")
             if rows is body and part.length is None and not response.raw.chunked:
-                raise RetryableError(f"{name} is of unknown length. Its end cannot be verified.")
+                raise RetryableError(f"{name} has no length, so it may be incomplete.")
             while rows.read(BLOCK):
                 pass
     except (zlib.error, EOFError, gzip.BadGzipFile):
         raise RetryableError(f"{name} is damaged: invalid gzip data.") from None
     except NETWORK_ERRORS as error:
         raise RetryableError(f"{name} failed: {explain_failure(error)[1]}.", UNFINISHED) from None
+    os.replace(part.stem, f"{part.stem}-{part.received}.csv.gz")
+    flush_folder(part.stem.parent)
     log.debug("%s is complete: %d bytes", name, part.received)
     return True
 
@@ -1012,7 +1052,7 @@ def decompress(file: Any) -> Any:
 
 
 def read_lines(file: Any, first: bytes = b"") -> Iterator[str]:
-    """`first` and the lines of a binary file, as text. A line that is too long is cut in pieces."""
+    """`first` and the lines of a binary file, as text. Splits a line that is too long."""
     text = io.TextIOWrapper(file, "utf-8", "replace", newline="\n")
     beginning = [first.decode("utf-8", "replace")] if first else []
     return chain(beginning, iter(partial(text.readline, MAX_ROW), ""))
@@ -1031,7 +1071,7 @@ def read_rows(lines: Iterator[str], columns: int = 0, limit: int = 0) -> Iterato
         quoted = content[0] == '"' or ('"' in content and bool(QUOTED_CELL.search(content)))
         if quoted:
             text, separator = content[1:-1], '","'
-        else:  # A NUL stands for an escaped comma, which does not separate cells.
+        else:  # Backslash and NUL stand for an escaped comma, which does not separate cells.
             text, separator = content.replace("\\,", "\\\0"), ","
         separators = text.count(separator)
         if quoted:
@@ -1049,7 +1089,7 @@ def read_rows(lines: Iterator[str], columns: int = 0, limit: int = 0) -> Iterato
         yield [unescape(cell, quoted) if "\\" in cell else cell for cell in cells]
 
 
-@lru_cache(1 << 12)
+@lru_cache(1 << 8)
 def unescape(cell: str, quoted: bool) -> str:
     """A cell of an export without its escapes; empty if the value is missing."""
     if cell == r"\N" or (cell == r"\\N" and not quoted):
@@ -1061,18 +1101,21 @@ def split_row(line: str, more: Iterator[str], quoted: bool) -> list[str]:
     """The cells of any row, still escaped. Takes more lines if a quote or an escape is open."""
     if quoted:
         return next(csv.reader(chain([line], more), strict=True))
-    content = line.removesuffix("\n").removesuffix("\r")
-    while (len(content) - len(content.rstrip("\\"))) % 2:
-        added = next(more, "")
-        if not added or len(line) > MAX_ROW:
+    lines, size = [line], len(line)
+    while True:
+        content = lines[-1].removesuffix("\n").removesuffix("\r")
+        if (len(content) - len(content.rstrip("\\"))) % 2 == 0:
+            break
+        lines.append(next(more, ""))
+        size += len(lines[-1])
+        if not lines[-1] or size > MAX_ROW:
             raise csv.Error("a backslash at the end, or a row that is too long")
-        line += added
-        content = line.removesuffix("\n").removesuffix("\r")
+    content = "".join([*lines[:-1], content])
     return ESCAPED_CELL.findall(content + ",")
 
 
 def parse_line(line: bytes) -> tuple[str, ...]:
-    """The cells of a line; none if it is not a row."""
+    """The cells of a line, or () if it is not a row."""
     with contextlib.suppress(csv.Error):
         return tuple(next(read_rows(iter([line.decode("utf-8-sig", "replace")])), ()))
     return ()
@@ -1094,7 +1137,8 @@ def merge_parts(parts: Sequence[Path], report: BinaryIO, plain: bool) -> None:
                 suspect.unlink()  # so that the next run downloads it again
             raise ReportError(f"Part {number} {error}.") from None
         except csv.Error as error:
-            raise ReportError(f"Part {number}: {error}. Run again without --plain.") from None
+            hint = "Without --plain, you get the rows as CircleCI wrote them."
+            raise ReportError(f"Part {number}: {error}. {hint}") from None
         except (zlib.error, EOFError, gzip.BadGzipFile):
             path.unlink()
             raise ReportError(f"Part {number} was damaged on disk.", UNFINISHED) from None
@@ -1175,7 +1219,7 @@ def count_usage(report: Path, plain: bool) -> Usage:
         pick = itemgetter(*(index if index < limit else -1 for index in indexes))
         lines = read_lines(file)
         rows = csv.reader(lines, strict=True) if plain else read_rows(lines, len(columns), limit)
-        # Most rows of a project are alike: to count first and add later is fast.
+        # Many rows have the same cells here. Counting those first is faster.
         for chunk in iter(lambda: Counter(map(pick, islice(rows, 1 << 16))), Counter()):
             for row, times in chunk.items():
                 organization_id, organization, project_id, project, credits = row
@@ -1315,7 +1359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         code, text = FAILED, f"Unexpected error: {clean(repr(error))}. Use --verbose for details."
         log.debug("%s", traceback.format_exc())
-    if keeps_export(interruption.folder):
+    if holds_export(interruption.folder):
         text += f" The export is kept in {interruption.folder}. Run the same command to resume."
     elif code == UNFINISHED:
         text += " Run the same command again."
@@ -1324,4 +1368,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())
+    os._exit(main())  # does not wait for stalled threads

@@ -223,7 +223,7 @@ def test_a_row_that_does_not_fit_the_header(fake, run, output, row, text):
     fake.parts = [[Answer(gzip.compress(part, 1))] for part in parts]
     result = run("--plain")
     assert result.code == 1 and text in result.last_line and len(result.last_line) < 1000
-    assert "without --plain" in result.last_line and "Traceback" not in result.err
+    assert "Without --plain" in result.last_line and "Traceback" not in result.err
     assert not list(output.glob("all_orgs_*"))
     raw = run("--quiet")
     assert raw.code == 0 and len(fake.jobs) == 1

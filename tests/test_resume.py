@@ -296,8 +296,6 @@ def test_a_part_that_is_damaged_on_disk_is_downloaded_again(fake, run, output):
     crash(run, output, "open merged.csv")
     part = next(output.glob(".export-*/part-0002-*"))
     part.write_bytes(part.read_bytes()[:-20])
-    result = run()
-    assert result.code == 75 and "Part 2 was damaged on disk" in result.last_line
     assert_one_report(fake, output, run())
     assert len(fake.requests("GET", "store", "data_")) == 4
 

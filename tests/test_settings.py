@@ -42,7 +42,9 @@ INVALID = [
         "token not in ASCII", "CIRCLE_TOKEN must be a personal API token", CIRCLE_TOKEN="abc\u20ac"
     ),
     case(
-        "primary", "PRIMARY_ORG_ID must be the UUID of .*, such as b9291e0d-", PRIMARY_ORG_ID="acme"
+        "primary",
+        "PRIMARY_ORG_ID must be the plan owner.s UUID; .*, such as b9291e0d-",
+        PRIMARY_ORG_ID="acme",
     ),
     case(
         "shared",
