@@ -45,7 +45,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import re
 import time
 import traceback
@@ -767,7 +766,7 @@ def load_export(folder: Path) -> Export | None:
         export = Export(folder, **{**json.loads(found.string), "job_id": found[1].lower()})
         times = [*export.polls, export.requested_at or 1]
         valid = all(type(at) in (int, float) and 0 < at < time.time() + 86400 for at in times)
-        valid = valid and bool(re.fullmatch("([0-9-]{10}T[0-9:]{8}Z)?", export.end))
+        datetime.strptime(export.end or "2000-01-01T00:00:00Z", ISO)
         if valid and re.fullmatch(r"(all_orgs_[\w-]{1,200}\.csv)?", export.report):
             return export
     return Export(folder, found[1].lower())
@@ -895,9 +894,13 @@ def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str]]:
 def wait_for_links(api: Api, export: Export) -> list[str]:
     """The download links of the completed job. Raises ReportError if it takes too long or fails."""
     state, empty, now = "requested", 0, time.time()
-    left = PATIENCE - HOUR - (now - (export.requested_at or now))  # after an hour of this run
-    for _ in range(GETS_PER_HOUR + max(0, math.ceil(left / POLL_INTERVAL))):
+    left = max(PATIENCE - (now - (export.requested_at or now)), HOUR)
+    while left > 0:
+        started = time.time()
         state, links = retry(partial(poll_job, api, export, state))
+        left -= max(
+            0, min(time.time() - started, HOUR)
+        )  # A clock that jumps costs an hour at most.
         log.log(STEP, "Export: %s%s", state, export.age())
         export.completed = state == "completed" and bool(links)
         if export.completed:
