@@ -319,3 +319,8 @@ def test_an_error_is_red_on_a_terminal(fast, fast_fake, output, variables):
     assert last.rpartition("\x1b[K")[2].startswith(f"{red}error: ")
     shown = Screen(text).shown()
     assert shown[0].startswith("notice: GET /api/v2/me failed with 503") and len(shown) == 3
+
+
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_text_fits_a_terminal_of_hardly_any_columns(width):
+    assert usage_report.display_width(usage_report.fit("Waiting", width)) == max(width, 1)

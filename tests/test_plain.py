@@ -122,6 +122,12 @@ def test_what_counts_as_missing_or_quoted_is_decided_row_by_row(tmp_path, row, p
         assert merge(tmp_path, parts, plain=True).decode().split("\r\n")[1:] == [plain, plain, ""]
 
 
+def test_a_long_cell_of_escaped_line_breaks_takes_no_longer_than_others(tmp_path):
+    """Time grows with the size, not with its square: 300,000 lines in a row."""
+    part = f"A,B\n1,{chr(92)}\n".encode() + b"\\\n" * 300_000 + b"x\n"
+    assert merge(tmp_path, [part], plain=True).count(b"\n") == 300_003
+
+
 RUNS = list(make_runs(40, PRIMARY, 'Acme "R&D", Inc.', datetime(2026, 9, 1)))
 
 

@@ -197,6 +197,21 @@ def test_a_429_is_not_a_failure(fake, run):
     assert run().code == 0
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        pytest.param([problem(429, "No.", **{"Retry-After": "3600"})], id="429"),
+        pytest.param([problem(500, "Oops.")] * 5, id="500 five times"),
+    ],
+)
+def test_a_job_that_never_ends_is_given_up_whatever_comes_between(fake, run, clock, between):
+    fake.job_seconds = 1e9
+    fake.limits["GET"] = 10**9
+    waiting = in_json({"state": "processing", "download_urls": None})
+    fake.plan("GET", *([*between, waiting] * 300))
+    assert run().code == 75 and clock.now - NOW < 6 * 3600
+
+
 def test_the_wait_for_a_429_is_shown(fake, run):
     fake.plan("POST", problem(429, "Later.", **{"Retry-After": "754"}))
     assert "Retrying in 12 min 34 s" in run().err

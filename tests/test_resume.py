@@ -300,6 +300,43 @@ def test_a_part_that_is_damaged_on_disk_is_downloaded_again(fake, run, output):
     assert len(fake.requests("GET", "store", "data_")) == 4
 
 
+def test_an_uncompressed_part_that_was_cut_on_disk_is_downloaded_again(fake, run, output):
+    rows = make_rows(3)
+    fake.parts = [[Answer(HEADER + row)] for row in rows]
+    crash(run, output, "open merged.csv")
+    next(output.glob(".export-*/part-0002-*")).write_bytes(HEADER)
+    assert run().report.read_bytes() == HEADER + b"".join(rows)
+
+
+def test_an_empty_part_is_complete(fake, run, output):
+    """Even if CircleCI has forgotten the job."""
+    row = make_rows(1)[0]
+    fake.parts = [[Answer(HEADER + row)], [Answer(b"")]]
+    crash(run, output, "open merged.csv")
+    fake.plan("GET", *[GONE] * 30)
+    assert run().report.read_bytes() == HEADER + row and len(fake.requests("POST")) == 1
+
+
+def test_parts_of_an_earlier_export_are_removed_when_it_is_requested_again(
+    fake, run, clock, output
+):
+    window = ("--start", "2026-10-10", "--end", "2026-10-31")
+    crash(run, output, "open merged.csv", *window)
+    Clock.sleep(clock, 12 * 86400)
+    crash(run, output, "open merged.csv", *window)
+    assert len(fake.requests("POST")) == 2
+    assert len([*output.glob(".export-*/part-*")]) == fake.part_count
+
+
+def test_a_clock_that_was_wrong_at_the_post_does_not_delay_the_first_poll(fake, run, clock, output):
+    crash_after(5, clock, run)
+    clock.now -= 20 * 3600
+    fake.clock = lambda: clock.now + 20 * 3600
+    now = clock.now
+    assert_one_report(fake, output, run())
+    assert clock.now - now < 60
+
+
 def test_parts_without_a_state_are_not_used(fake, run, clock, output):
     crash(run, output, "open merged.csv")
     file = state_file(output)

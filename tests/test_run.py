@@ -20,7 +20,16 @@ import requests
 import urllib3
 from clocks import PROJECT, REAL_SLEEP, REAL_TIME
 from conftest import always, leftovers
-from fake_circleci import ORGANIZATIONS, PRIMARY, TOKEN, Answer, FakeCircleCI, in_json, problem
+from fake_circleci import (
+    ORGANIZATIONS,
+    PRIMARY,
+    TOKEN,
+    Answer,
+    ApiHandler,
+    FakeCircleCI,
+    in_json,
+    problem,
+)
 
 import usage_report
 
@@ -283,6 +292,36 @@ def test_a_post_with_an_unknown_outcome_may_work_the_second_time(fake, run, outp
     fake.plan("POST", answer)
     assert run().code == 0 and len(fake.requests("POST")) == 2
     assert leftovers(output) == []
+
+
+def test_a_refusal_after_a_lost_answer_says_what_it_may_cost(fake, run):
+    fake.plan("POST", late(502), problem(400, "No."))
+    result = run()
+    assert result.code == 1 and UNKNOWN in result.last_line
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"getaddrinfo\r\n\r\n", id="as a status line"),
+        pytest.param(
+            b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\ngetaddrinfo\r\n",
+            id="as a chunk size",
+        ),
+    ],
+)
+def test_an_answer_that_reads_like_a_network_error_counts_as_sent(fake, run, monkeypatch, answer):
+    posts = []
+
+    def do_post(handler: ApiHandler) -> None:
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        posts.append(handler.path)
+        handler.wfile.write(answer)
+        handler.close_connection = True
+
+    monkeypatch.setattr(ApiHandler, "do_POST", do_post)
+    result = run()
+    assert len(posts) == 2 and result.code == 1 and UNKNOWN in result.last_line
 
 
 def test_a_post_that_times_out_is_sent_once_more(fake, run, monkeypatch):
