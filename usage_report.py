@@ -296,22 +296,16 @@ class Interruption:
 PERIODS = "yesterday, last-7-days, this-month, last-month, or YYYY-MM"
 PERIOD = "yesterday|last-7-days|this-month|last-month|20[0-9]{2}-(0[1-9]|1[0-2])"
 EXAMPLE = "b9291e0d-a11e-41fb-8517-c545388b5953"
+OWNER = f"{EXAMPLE}; leave it empty to list your organizations"
+ID_LIST = rf"({ID_PATTERN}|\s|,)*"
 LOOPBACK = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
 BASE_URL = rf"(https://[a-z0-9-]{{1,63}}(\.[a-z0-9-]{{1,63}})*|{LOOPBACK})(:[1-6]?[0-9]{{1,4}})?/?"
 VARIABLES = {  # what each must match, what it must be, and an example
     "CIRCLE_TOKEN": ("[!-~]+", "a personal API token", "CCIPAT_..."),
-    "PRIMARY_ORG_ID": (
-        ID_PATTERN,
-        "the plan owner's UUID; leave it empty to list yours",
-        EXAMPLE,
-    ),
+    "PRIMARY_ORG_ID": (ID_PATTERN, "the UUID of the organization that owns the plan", OWNER),
     "START_DATE": (".*", "the first day, unless --start or --period is used", ""),
     "END_DATE": (".*", "the last day, unless --end or --period is used", ""),
-    "SHARED_ORG_IDS": (
-        rf"({ID_PATTERN}|\s|,)*",
-        "UUIDs of organizations, separated by commas",
-        EXAMPLE,
-    ),
+    "SHARED_ORG_IDS": (ID_LIST, "UUIDs of organizations, separated by commas", EXAMPLE),
     "CIRCLECI_BASE_URL": (BASE_URL, "https:// and a host name", "https://circleci.com"),
 }
 
@@ -898,9 +892,7 @@ def wait_for_links(api: Api, export: Export) -> list[str]:
     while left > 0:
         started = time.time()
         state, links = retry(partial(poll_job, api, export, state))
-        left -= max(
-            0, min(time.time() - started, HOUR)
-        )  # A clock that jumps costs an hour at most.
+        left -= min(max(time.time() - started, 0), HOUR)  # A jump of the clock counts as an hour.
         log.log(STEP, "Export: %s%s", state, export.age())
         export.completed = state == "completed" and bool(links)
         if export.completed:

@@ -43,7 +43,7 @@ INVALID = [
     ),
     case(
         "primary",
-        "PRIMARY_ORG_ID must be the plan owner.s UUID; .*, such as b9291e0d-",
+        "PRIMARY_ORG_ID must be the UUID of .*, such as b9291e0d-.*; leave it empty",
         PRIMARY_ORG_ID="acme",
     ),
     case(
