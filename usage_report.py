@@ -528,8 +528,9 @@ def sleep(seconds: float, text: str) -> None:
 
 def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES, max_sent: int = 99) -> T:
     """What action() returns. Repeats it after a RetryableError: after a pause, or when the rate
-    limit allows. Raises the error after the last pause, PATIENCE, or `max_sent` sent requests."""
-    tries, failures, sent, waited = 0, 0, 0, 0.0
+    limit allows. Raises the last error after the last pause, PATIENCE, or `max_sent` sent requests;
+    its status only if all errors had it."""
+    tries, failures, sent, waited, statuses = 0, 0, 0, 0.0, set()
     while True:
         try:
             return action()
@@ -537,8 +538,11 @@ def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES, max_s
             tries, failures = tries + 1, failures + (error.wait is None)
             pause = max(pauses[min(tries, len(pauses)) - 1], error.wait or 0)
             sent, waited = sent + error.sent, waited + pause
+            statuses.add(error.status)
             if failures > len(pauses) or sent >= max_sent or waited > PATIENCE:
-                raise
+                if len(statuses) == 1:
+                    raise
+                raise RetryableError(str(error), error.code) from None  # One 404 proves nothing.
             when = f" in {format_duration(pause)}" if error.wait is not None else ""
             log.warning("%s Retrying%s.", error, when)
         sleep(pause, "Retrying in")

@@ -230,6 +230,13 @@ def test_answers(fake, run, output, kind, answers, code, message):
     assert len(fake.jobs) <= 1 and leftovers(output) == []
 
 
+def test_a_404_after_other_trouble_does_not_cost_a_second_export(fake, run):
+    fake.plan("GET", *[problem(500, "Oops.")] * 5, problem(404, "No."))
+    result = run()
+    assert result.code == 1 and "The export is kept" in result.last_line
+    assert run().code == 0 and len(fake.jobs) == 1
+
+
 def test_pauses_between_retries_grow(fake, run):
     fake.plan("me", *always(problem(503, "Later.")))
     run()
