@@ -206,21 +206,21 @@ def test_without_a_job_id_the_export_is_requested_again(fake, run, clock, output
     assert len(fake.requests("POST")) == 2 and leftovers(output) == []
 
 
-def old_part(folder: Path, name: str) -> None:
-    (folder / name).write_bytes(gzip.compress(HEADER + make_rows(1)[0]))
+OTHER_PART = gzip.compress(HEADER + make_rows(1)[0])  # complete, but not of this export
+OTHER_NAME = f"0123456789ab-{len(OTHER_PART)}.csv.gz"
 
 
 def rename_part(folder: Path, number: int) -> None:
     """As if the part had been downloaded from another link."""
-    part = next(folder.glob(f"part-*{number}-*"))
+    part = next(folder.glob(f"part-*{number}-of-*"))
     part.unlink()
-    old_part(folder, f"{part.name[:10]}0123456789ab.csv.gz")
+    (folder / f"{part.name[:18]}{OTHER_NAME}").write_bytes(OTHER_PART)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_part_that_is_missing_is_downloaded(fake, run, output, number):
     crash(run, output, "open merged.csv")
-    next(output.glob(f".export-*/part-*{number}-*")).unlink()
+    next(output.glob(f".export-*/part-*{number}-of-*")).unlink()
     assert_one_report(fake, output, run())
     assert len(fake.requests("GET", "store", "data_")) == 4
 
@@ -235,9 +235,11 @@ def test_parts_of_different_links_are_not_mixed(fake, run, output, number):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("part-0001-0123456789ab.csv.gz", id="a part twice"),
-        pytest.param("part-0004-0123456789ab.csv.gz", id="one too many"),
-        pytest.param("part-0001-0123456789ab.csv.gz.new", id="a draft"),
+        pytest.param(f"part-0001-of-0003-{OTHER_NAME}", id="a part twice"),
+        pytest.param(f"part-0004-of-0003-{OTHER_NAME}", id="one too many"),
+        pytest.param(f"part-0001-of-0004-{OTHER_NAME}", id="a part of another number of parts"),
+        pytest.param(f"part-0001-of-0001-{OTHER_NAME}", id="a complete export of one part"),
+        pytest.param(f"part-0001-of-0003-{OTHER_NAME}.new", id="a draft"),
         pytest.param("merged.csv", id="a merged file"),
         pytest.param("merged.csv.new", id="the draft of a merged file"),
         pytest.param("part-0000.csv", id="a part of another version"),
@@ -245,7 +247,7 @@ def test_parts_of_different_links_are_not_mixed(fake, run, output, number):
 )
 def test_other_files_in_the_folder_do_not_change_the_report(fake, run, output, name):
     crash(run, output, "open merged.csv")
-    old_part(state_file(output).parent, name)
+    (state_file(output).parent / name).write_bytes(OTHER_PART)
     assert_one_report(fake, output, run())
 
 
@@ -254,7 +256,7 @@ def test_other_files_in_the_folder_do_not_change_the_report(fake, run, output, n
     [
         pytest.param(["../../secret.csv"], id="a path"),
         pytest.param(["secret.csv"], id="another file"),
-        pytest.param(["state.json", "write.lock"], id="other files of the folder"),
+        pytest.param(["state.json", "lock"], id="other files of the folder"),
     ],
 )
 @pytest.mark.parametrize("at", ["open part-", "open merged.csv"], ids=["before", "after"])

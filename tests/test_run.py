@@ -585,7 +585,7 @@ MALICE = [
     pytest.param(Answer(b" " * 99, pause=0.03, bytes_a_write=1), 75, "in time", id="dripping"),
     pytest.param(Answer(b"[" * 100_000), 1, "unexpected data", id="100,000 levels, open"),
     pytest.param(Answer(b"[" * 10**5 + b"]" * 10**5), 1, "unexpected data", id="100,000 levels"),
-    pytest.param(Answer(b"{\"a\":" * 10**5 + b"}" * 10**5), 1, "unexpected", id="100,000 objects"),
+    pytest.param(Answer(b'{"a":' * 10**5 + b"}" * 10**5), 1, "unexpected data", id="100,000 dicts"),
     pytest.param(Answer(b"1" * 100_000), 1, "unexpected data", id="a number of 100,000 digits"),
     pytest.param(Answer(b'{"login": "\xff"}'), 1, "unexpected data", id="not UTF-8"),
     pytest.param(Answer(b""), 1, "unexpected data", id="nothing"),

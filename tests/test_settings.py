@@ -448,8 +448,11 @@ def test_a_broken_line_in_the_env_file_is_named_by_number(run, tmp_path):
     assert "line 1" in result.err and "secret" not in result.err and result.code == 2
 
 
-def test_a_base_url_may_have_capitals_and_end_in_a_slash(fake, run):
+def test_a_base_url_may_have_capitals_and_end_in_a_slash(fake, run, monkeypatch):
     assert run("--dry-run", CIRCLECI_BASE_URL=fake.url.upper() + "/").code == 0
+    monkeypatch.setenv("CIRCLECI_BASE_URL", "HTTPS://CircleCI.com/")
+    settings = usage_report.load_settings(usage_report.parse_arguments([]))
+    assert settings.base_url == "https://circleci.com"
 
 
 # --- The question for PRIMARY_ORG_ID ---

@@ -85,10 +85,9 @@ simple = st.builds(row, st.sampled_from(list(ORGANIZATIONS)), credits=amounts)
 
 @many
 @given(table | st.lists(simple, max_size=20), st.data())
-def test_any_table_is_counted_exactly(tmp_path, monkeypatch, rows, data):
-    """In one dialect, in a mix, and as plain CSV; in the usual order of columns, which is counted
-    quickly, and in another one, which the csv module reads."""
-    monkeypatch.setattr(usage_report, "BLOCK", data.draw(st.sampled_from([1, 500, 1 << 20])))
+def test_any_table_is_counted_exactly(tmp_path, rows, data):
+    """In one dialect, in a mix, and as plain CSV; with the columns in the usual order and in
+    another one."""
     mixed = data.draw(st.booleans(), label="mixed dialects")
     dialect = st.sampled_from(DIALECTS)
     one = data.draw(dialect)
@@ -105,6 +104,13 @@ def test_any_table_is_counted_exactly(tmp_path, monkeypatch, rows, data):
     assert count(tmp_path, written(0)) == expected(rows)
     assert count(tmp_path, written(5)) == expected(rows)
     assert count(tmp_path, plain_file(COLUMNS, rows), plain=True) == expected(rows)
+
+
+def test_a_report_of_many_rows_is_counted_exactly(tmp_path):
+    """More rows than are counted at a time."""
+    rows = [write_row(row(credits=Decimal(number % 7))) for number in range(7)]
+    content = HEADER + b"".join(rows) * 20_000
+    assert count(tmp_path, content) == {PRIMARY: (140_000, 21 * 20_000)}
 
 
 @pytest.mark.parametrize("dialect", ["escaped", "quoted"])
