@@ -26,9 +26,8 @@ if sys.version_info < (3, 9):
     sys.exit(f"usage_report.py needs Python 3.9 or newer. Install a newer Python first. {SETUP}")
 
 SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-SIGNALS = [
-    number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-]  # as by nohup
+# What is ignored at the start, as under nohup, stays ignored.
+SIGNALS = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 if __name__ == "__main__":  # The imports below take a while. Ctrl-C must not show a traceback.
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(128 + number))
@@ -98,6 +97,7 @@ LINK_PATTERN = r"https?://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*"
 HOUR = 3600 + 15  # an hour on CircleCI's clock, with a margin for network delays
 PATIENCE = QUERY_LIMIT + 15 * 60
 FIRST_POLL = 15
+POLL_INTERVAL = HOUR / GETS_PER_HOUR  # after the first hour
 RETRY_PAUSES = (1, 2, 4, 8, 16)
 TIMEOUTS = (10, 60)  # to connect, and between two reads
 ANSWER_SECONDS = 120  # for an API response, or the headers of a download
@@ -368,7 +368,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "save it as UTF-8")
         hint = "Copy .env.example to .env, or correct --env-file."
-        require(False, f"Cannot read {env_file}: {reason}. {hint}")
+        raise ReportError(f"Cannot read {env_file}: {reason}. {hint}", INVALID) from None
     # No interpolation: a $ in a value is a $.
     in_file = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
     values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
@@ -381,9 +381,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
     for name, (pattern, text, example) in VARIABLES.items():
         valid = re.fullmatch(f"({pattern})?", values[name], re.IGNORECASE | re.DOTALL)
         require(valid, f"{name} must be {text}, such as {example}.")  # The value may be a token.
-    require(
-        re.fullmatch(f"({ID_PATTERN})?", job_id), f"--job-id must be a UUID, such as {EXAMPLE}."
-    )
+    valid = re.fullmatch(f"({ID_PATTERN})?", job_id)
+    require(valid, f"--job-id must be a UUID, such as {EXAMPLE}.")
     output = Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute()
     text = f"Cannot write to {output}. Use --output-dir with another folder, such as reports."
     try:
@@ -513,7 +512,7 @@ def rate_limit_seconds(headers: Mapping[str, str]) -> float:
     with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
         return urllib3.Retry().parse_retry_after(headers.get("Retry-After", "")[:40])
     reset = headers.get("X-RateLimit-Reset", "")
-    return float(reset) if re.fullmatch("[0-9]{1,5}", reset) else HOUR / GETS_PER_HOUR
+    return float(reset) if re.fullmatch("[0-9]{1,5}", reset) else POLL_INTERVAL
 
 
 def sleep(seconds: float, text: str) -> None:
@@ -623,9 +622,8 @@ def primary_question(api: Api, width: int) -> str:
     if not rows:
         raise ReportError("The owner of CIRCLE_TOKEN has no organizations. Use another token.")
     table = format_table([["NAME", "SLUG", "ID"], *rows], 3, width)
-    question = (
-        "Which organization owns the plan?" if len(rows) > 1 else "You have one organization."
-    )
+    several = len(rows) > 1
+    question = "Which organization owns the plan?" if several else "You have one organization."
     return f"{question} Set PRIMARY_ORG_ID to its ID and run the same command again.\n{table}"
 
 
@@ -841,7 +839,6 @@ def request_export(
 # In a geometric series, the delay is the same share of any job's length. GET n is due FIRST_POLL *
 # GROWTH**n after the POST, and GET 10 an hour after GET 0 (FIRST_POLL * GROWTH**10 - FIRST_POLL).
 GROWTH: float = (HOUR / FIRST_POLL + 1) ** (1 / GETS_PER_HOUR)
-POLL_INTERVAL = HOUR / GETS_PER_HOUR  # after the first hour
 
 
 def next_poll(requested_at: float | None, polls: Sequence[float], completed: bool = False) -> float:
@@ -871,8 +868,7 @@ def parse_job(answer: Any) -> tuple[str, list[str]]:
 def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str]]:
     """Send the next GET when it is due. A 404 is retryable, because the job may be very new."""
     now = time.time()
-    # By how much the clock was set back
-    set_back = max([now, *export.polls, export.requested_at or now]) - now
+    set_back = max([now, *export.polls, export.requested_at or now]) - now  # of the clock
     export.polls = [at - set_back for at in export.polls]
     export.requested_at = export.requested_at and export.requested_at - set_back
     due = next_poll(export.requested_at, export.polls, export.completed)
@@ -892,7 +888,7 @@ def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str]]:
 def wait_for_links(api: Api, export: Export) -> list[str]:
     """The download links of the completed job. Raises ReportError if it takes too long or fails."""
     state, empty, now = "requested", 0, time.time()
-    left = max(PATIENCE - (now - (export.requested_at or now)), HOUR)
+    left = max(PATIENCE - (now - (export.requested_at or now)), HOUR)  # seconds
     while left > 0:
         started = time.time()
         state, links = retry(partial(poll_job, api, export, state))
@@ -1251,7 +1247,7 @@ def show_summary(
     titles = ["ROWS", "CREDITS", "SHARE"]
     rows = [["ORGANIZATION", *titles, ""], *tables[1], ["Total", *tables[0][0]]]
     log.log(TABLE, "%s", format_table(rows, 1, width))
-    rows = [["PROJECT", "ORGANIZATION", *titles], *tables[2][:MAX_LISTED]]
+    rows = [["PROJECT", "ORGANIZATION", *titles], *(row[:5] for row in tables[2][:MAX_LISTED])]
     log.log(TABLE, "%s", format_table(rows, 2, width))
     size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
     log.info(f"{counts[()]:,} rows, {size}, {duration}")
