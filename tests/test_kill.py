@@ -119,6 +119,8 @@ def test_a_power_cut_loses_no_file_that_has_its_name(small, run, tmp_path, hard_
         assert f"fsync {tmp_path.name}" in done[number:] if verb == "link" else True
     posted = done.index("rename state.json.new", done.index("rename state.json.new") + 1)
     assert re.match(r"fsync \.export-", done[posted + 1]), "the job ID comes before anything else"
+    removed = [operation for operation in done if operation.startswith(("remove", "rmdir"))]
+    assert removed[-3:-1] == ["remove state.json", "remove lock"], removed
 
 
 def test_a_disk_that_is_full_at_every_operation(small, run, tmp_path):

@@ -324,10 +324,12 @@ def test_parts_of_an_earlier_export_are_removed_when_it_is_requested_again(
 ):
     window = ("--start", "2026-10-10", "--end", "2026-10-31")
     crash(run, output, "open merged.csv", *window)
+    earlier = {*output.glob(".export-*/part-*")}
     Clock.sleep(clock, 12 * 86400)
     crash(run, output, "open merged.csv", *window)
+    parts = {*output.glob(".export-*/part-*")}
     assert len(fake.requests("POST")) == 2
-    assert len([*output.glob(".export-*/part-*")]) == fake.part_count
+    assert len(parts) == fake.part_count and not parts & earlier
 
 
 def test_a_clock_that_was_wrong_at_the_post_does_not_delay_the_first_poll(fake, run, clock, output):
@@ -337,6 +339,21 @@ def test_a_clock_that_was_wrong_at_the_post_does_not_delay_the_first_poll(fake, 
     now = clock.now
     assert_one_report(fake, output, run())
     assert clock.now - now < 60
+
+
+@POSIX
+def test_the_lock_of_a_folder_that_another_run_has_removed_is_not_a_lock(
+    fake, run, output, monkeypatch
+):
+    """Two runs could hold one each."""
+
+    def remove_first(file, operation: int) -> None:
+        os.unlink(file.name)
+
+    monkeypatch.setattr("fcntl.flock", remove_first)
+    result = run()
+    assert result.code == 1 and "Another run is working on this export" in result.last_line
+    assert not fake.requests("POST")
 
 
 def test_parts_without_a_state_are_not_used(fake, run, clock, output):
