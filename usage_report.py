@@ -67,8 +67,9 @@ warnings.filterwarnings("ignore", module="urllib3")  # It warns about macOS Pyth
 try:
     import dotenv
     import requests
-    import urllib3
     from requests.adapters import HTTPAdapter
+    from urllib3 import Retry
+    from urllib3.exceptions import HTTPError, InvalidHeader
 except ImportError as error:
     sys.exit(f"{error}. Use .venv/bin/python to run this script. Not set up yet? {SETUP}")
 
@@ -468,29 +469,36 @@ WORKERS = concurrent.futures.ThreadPoolExecutor(100)
 FAILURES = (
     ("Connection (aborted|broken)", True, "connection lost"),
     ("^TimeoutError|Read timed out", True, "no complete response in time"),
-    ("CA certificate bundle", False, "CA bundle not found. Check REQUESTS_CA_BUNDLE"),
-    ("for SOCKS", False, "SOCKS support is missing. Set HTTPS_PROXY to an http:// proxy"),
-    ("ProxyError.*(NewConn|NameRes|Tunnel)", False, "cannot use the proxy. Check HTTPS_PROXY"),
-    ("CERTIFICATE_VERIFY", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
+    ("(?i)certificate", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
+    ("SOCKS|ProxyError.*(NewConn|NameRes|Tunnel)", False, "cannot use the proxy in HTTPS_PROXY"),
     ("NameResolution|getaddrinfo", False, "host not found. Check the network"),
-    ("NewConnection.*refused", False, "the port is closed. Check CIRCLECI_BASE_URL"),
     ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
-    ("NewConnectionError", False, "cannot connect. Check the network"),
+    ("NewConnection", False, "cannot connect to its port. Check CIRCLECI_BASE_URL"),
     ("", True, "connection lost"),
 )
-NETWORK_ERRORS = (
-    requests.RequestException,
-    urllib3.exceptions.HTTPError,
-    concurrent.futures.TimeoutError,
-    ValueError,  # from http.client, if a response is malformed
-)
 
 
-def explain_failure(error: BaseException) -> tuple[bool, str]:
-    """Whether the request may have been sent, and why it failed: without the exception's own text,
-    which can contain a signed URL."""
-    text = f"{type(error).__name__} {error!r} {error}"
-    return next(row[1:] for row in FAILURES if re.search(row[0], text))
+def limited(what: str, seconds: float, action: Callable[..., T], *arguments: Any) -> T:
+    """What action(*arguments) returns, within so many seconds. Raises RetryableError, without the
+    text of the exception, which can contain a signed URL."""
+    try:
+        return WORKERS.submit(action, *arguments).result(seconds)
+    # http.client raises ValueError for a malformed response.
+    except (OSError, HTTPError, concurrent.futures.TimeoutError, ValueError) as error:
+        text = f"{type(error).__name__} {error!r} {error}"
+        sent, reason = next(row[1:] for row in FAILURES if re.search(row[0], text))
+        raise RetryableError(f"{what} failed: {reason}.", UNFINISHED, sent=sent) from None
+
+
+def check_status(what: str, response: requests.Response, details: str) -> None:
+    """Raises RetryableError or ReportError unless the request succeeded."""
+    status = response.status_code
+    text = f"{what} failed with {status}: {details}"
+    if status in (408, 429) or status >= 500:
+        wait = rate_limit_seconds(response.headers) if status == 429 else None
+        raise RetryableError(text, UNFINISHED, sent=status != 429, wait=wait)
+    if status not in (200, 201, 202):
+        raise ReportError(text, status=status)
 
 
 def send(method: str, url: str, token: str = "", body: object = None) -> requests.Response:
@@ -509,8 +517,8 @@ def send(method: str, url: str, token: str = "", body: object = None) -> request
 def rate_limit_seconds(headers: Mapping[str, str]) -> float:
     """How long to wait after a 429: Retry-After, else X-RateLimit-Reset (both from CircleCI's API
     developers' guide), else a tenth of an hour."""
-    with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-        return urllib3.Retry().parse_retry_after(headers.get("Retry-After", "")[:40])
+    with contextlib.suppress(InvalidHeader, ValueError, OverflowError):
+        return Retry().parse_retry_after(headers.get("Retry-After", "")[:40])
     reset = headers.get("X-RateLimit-Reset", "")
     return float(reset) if re.fullmatch("[0-9]{1,5}", reset) else POLL_INTERVAL
 
@@ -568,7 +576,7 @@ class Api:
     def request(self, method: str, path: str, parse: Callable[[Any], T], body: object = None) -> T:
         """What parse() makes of the response's JSON. Raises RetryableError, also for data of
         another shape, or ReportError with the HTTP status."""
-        what, started = f"{method} {path}", time.time()
+        what, started, answer = f"{method} {self.base_url}{path}", time.time(), None
 
         def exchange() -> tuple[requests.Response, bytearray]:
             content = bytearray()
@@ -579,27 +587,17 @@ class Api:
                         raise RetryableError(f"{what}: the response is too large.", UNFINISHED)
                 return response, content
 
-        try:
-            response, content = WORKERS.submit(exchange).result(ANSWER_SECONDS)
-        except (OSError, *NETWORK_ERRORS) as error:  # OSError: a CA bundle that does not exist
-            sent, reason = explain_failure(error)
-            text = f"{what} failed: {reason}. Server: {self.base_url}."
-            raise RetryableError(text, UNFINISHED, sent=sent) from None
-        status, message = response.status_code, response.reason
-        log.debug("%s: %d after %.1f s", what, status, time.time() - started)
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        response, content = limited(what, ANSWER_SECONDS, exchange)
+        log.debug("%s: %d after %.1f s", what, response.status_code, time.time() - started)
+        with contextlib.suppress(ValueError, RecursionError):
             answer = json.loads(content)
-            if 200 <= status < 300:
-                return parse(answer)
-            message = answer["message"]
-        if 200 <= status < 300:
-            text = f"{what} returned unexpected data. Check for a proxy or login page."
-            raise RetryableError(text)
-        text = f"{what} failed with {status}: {clean(message or 'no message').rstrip('.')}."
-        if status in (408, 429) or status >= 500:
-            wait = rate_limit_seconds(response.headers) if status == 429 else None
-            raise RetryableError(text, UNFINISHED, sent=status != 429, wait=wait)
-        raise ReportError(f"{text} {self.next_steps.get(status, '')}".strip(), status=status)
+        message = answer.get("message") if isinstance(answer, dict) else None
+        message = clean(message or response.reason).rstrip(".")
+        step = self.next_steps.get(response.status_code, "")
+        check_status(what, response, f"{message}. {step}".strip())
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            return parse(answer)
+        raise RetryableError(f"{what} returned unexpected data. Check for a proxy or login page.")
 
 
 # --- Organizations ---
@@ -928,8 +926,8 @@ class Body(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        read = WORKERS.submit(self.raw.read, len(buffer), decode_content=False)
-        block = read.result(READ_SECONDS * max(1, len(buffer) / READ_BYTES))
+        seconds = READ_SECONDS * max(1, len(buffer) / READ_BYTES)
+        block = limited(f"Part {self.part.number}", seconds, self.raw.read, len(buffer), False)
         self.copy.write(block)
         self.part.received += len(block)
         buffer[: len(block)] = block
@@ -996,20 +994,16 @@ def download_parts(parts: Sequence[Part]) -> bool:
 def download_part(part: Part) -> bool:
     """Download and verify a part: length and gzip CRC-32. Returns False if its link has expired."""
     part.received, name = 0, f"Part {part.number}"
-    try:
-        with contextlib.ExitStack() as stack:
-            response = WORKERS.submit(send, "GET", part.link).result(ANSWER_SECONDS)
-            stack.callback(WORKERS.submit, response.close)  # close() would wait for a stuck read.
-            status = response.status_code
-            if status in (401, 403):  # CircleCI's links expire after 36 hours.
-                return False
-            if status in (408, 429) or status >= 500:
-                raise RetryableError(f"{name} failed with {status}.", UNFINISHED)
-            if status != 200:
-                raise ReportError(f"{name} failed with {status}. The report needs every part.")
-            part.length = response.raw.length_remaining
-            copy = stack.enter_context(new_file(part.stem))
-            body: Any = io.BufferedReader(Body(response, part, copy), READ_BYTES)
+    with contextlib.ExitStack() as stack:
+        response = limited(name, ANSWER_SECONDS, send, "GET", part.link)
+        stack.callback(WORKERS.submit, response.close)  # close() would wait for a stuck read.
+        if response.status_code in (401, 403):  # CircleCI's links expire after 36 hours.
+            return False
+        check_status(name, response, "The report needs every part.")
+        part.length = response.raw.length_remaining
+        copy = stack.enter_context(new_file(part.stem))
+        body: Any = io.BufferedReader(Body(response, part, copy), READ_BYTES)
+        try:
             rows = decompress(body)
             first = rows.readline(MAX_ROW)
             if first and not ROW_START.match(first):
@@ -1018,10 +1012,8 @@ def download_part(part: Part) -> bool:
                 raise RetryableError(f"{name} has no length, so it may be incomplete.")
             while rows.read(BLOCK):
                 pass
-    except (zlib.error, EOFError, gzip.BadGzipFile):
-        raise RetryableError(f"{name} is damaged: invalid gzip data.") from None
-    except NETWORK_ERRORS as error:
-        raise RetryableError(f"{name} failed: {explain_failure(error)[1]}.", UNFINISHED) from None
+        except DAMAGED_GZIP:
+            raise RetryableError(f"{name} is damaged: invalid gzip data.") from None
     os.replace(part.stem, f"{part.stem}-{part.received}.csv.gz")
     flush_folder(part.stem.parent)
     log.debug("%s is complete: %d bytes", name, part.received)
@@ -1031,6 +1023,7 @@ def download_part(part: Part) -> bool:
 # --- Reading parts and rows, whatever their dialect ---
 
 BOM = b"\xef\xbb\xbf"
+DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
 COLUMN_NAME = re.compile(r"\w+( \w+)*", re.ASCII)
 ROW_START = re.compile(rb'(\xef\xbb\xbf)?["\\\w][^\x00-\x08\x0e-\x1f]*,')
 QUOTED_CELL = re.compile(r'(?:^|(?<!\\),)"')
@@ -1134,7 +1127,7 @@ def merge_parts(parts: Sequence[Path], report: BinaryIO, plain: bool) -> None:
         except csv.Error as error:
             hint = "Without --plain, you get the rows as CircleCI wrote them."
             raise ReportError(f"Part {number}: {error}. {hint}") from None
-        except (zlib.error, EOFError, gzip.BadGzipFile):
+        except DAMAGED_GZIP:
             path.unlink()
             raise ReportError(f"Part {number} was damaged on disk.", UNFINISHED) from None
     if not header:
@@ -1280,7 +1273,7 @@ def obtain_parts(
     log.info("This can take up to 4 hours. Ctrl-C is safe: run the same command to resume.")
     try:
         return export, collect_parts(api, export)
-    except ReportError as error:
+    except RetryableError as error:
         if error.status != 404 or (settings.job_id and export.requested_at):
             raise  # With --job-id, the folder of the run that requested the job stays.
         if settings.primary not in (row[2].lower() for row in list_collaborations(api)):

@@ -189,7 +189,7 @@ def test_every_form_of_a_part_is_accepted(fake, run, output, answer):
         pytest.param(
             problem(404, "?"),
             1,
-            "failed with 404. The report needs every part",
+            "failed with 404: The report needs every part",
             id="404",
         ),
         pytest.param(
