@@ -1027,7 +1027,7 @@ DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
 COLUMN_NAME = re.compile(r"\w+( \w+)*", re.ASCII)
 ROW_START = re.compile(rb'(\xef\xbb\xbf)?["\\\w][^\x00-\x08\x0e-\x1f]*,')
 QUOTED_CELL = re.compile(r'(?:^|(?<!\\),)"')
-ESCAPED_CELL = re.compile(r"([^\\,]*(?:\\.[^\\,]*)*),", re.DOTALL)
+MISSING = re.compile(r"(?:^|(?<=,))\\N(?=[,\r\n]|$)")
 ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
@@ -1070,7 +1070,8 @@ def read_rows(lines: Iterator[str], columns: int = 0, limit: int = 0) -> Iterato
             last = text[text.rindex(separator) + len(separator) :]
             cells = [*text.split(separator, limit)[:limit], last]
         else:
-            cells = text.split(separator) if usual else split_row(line, lines, quoted)
+            cells = text.split(separator) if usual else parse_row(line, lines, quoted)
+            quoted = quoted or not usual  # A backslash is a backslash from here on.
             if columns not in (0, len(cells)):
                 raise csv.Error(f"a row has {len(cells)} cells, but the header has {columns}")
             cells = [*cells[:limit], cells[-1]] if limit else cells
@@ -1085,21 +1086,12 @@ def unescape(cell: str, quoted: bool) -> str:
     return cell if quoted else ESCAPE.sub(r"\1", cell.replace("\\\0", "\\,"))
 
 
-def split_row(line: str, more: Iterator[str], quoted: bool) -> list[str]:
-    """The cells of any row, still escaped. Takes more lines if a quote or an escape is open."""
+def parse_row(line: str, more: Iterator[str], quoted: bool) -> list[str]:
+    """The cells of any row, without escapes. Takes more lines if a cell has line breaks."""
     if quoted:
         return next(csv.reader(chain([line], more), strict=True))
-    lines, size = [line], len(line)
-    while True:
-        content = lines[-1].removesuffix("\n").removesuffix("\r")
-        if (len(content) - len(content.rstrip("\\"))) % 2 == 0:
-            break
-        lines.append(next(more, ""))
-        size += len(lines[-1])
-        if not lines[-1] or size > MAX_ROW:
-            raise csv.Error("a backslash at the end, or a row that is too long")
-    content = "".join([*lines[:-1], content])
-    return ESCAPED_CELL.findall(content + ",")
+    lines = (MISSING.sub(r"\\\\N", line) for line in chain([line], more))
+    return next(csv.reader(lines, quoting=csv.QUOTE_NONE, escapechar="\\", strict=True))
 
 
 def parse_line(line: bytes) -> tuple[str, ...]:

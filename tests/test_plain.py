@@ -111,7 +111,7 @@ def test_cells(tmp_path, dialect, cell, plain):
             id="quotes inside a cell, not escaped",
         ),
         pytest.param(r"a,\"b\",1,x", 'a,"""b""",1,x', id="escaped quotes around a cell"),
-        pytest.param(r'1,"b\",2,"x"', "1,b\\,2,x", id="a number first, and a backslash at the end"),
+        pytest.param(r'1,"b\",2,"x"', "1,b\\,2,x", id="a number first, and unexpected end of data"),
         pytest.param("a,b,1,\\\n", 'a,b,1,"\n"', id="a line break at the end"),
         pytest.param("a,b,1,\\\n\\\n", 'a,b,1,"\n\n"', id="two line breaks at the end"),
     ],
@@ -216,7 +216,7 @@ EXTRA, SHORT = ROW.replace(b"\n", b",more\n"), ROW.replace(b"Acme,", b"")
         pytest.param(SHORT, "a row has 47 cells, but the header has 48", id="too few cells"),
         pytest.param(b'"' + ROW, "Part 2: ", id="a quote that is never closed"),
         pytest.param(b'"a"b,c' + ROW, "Part 2: ", id="text after a closing quote"),
-        pytest.param(ROW[:-1] + b"\\\n", "a backslash at the end", id="an escape at the end"),
+        pytest.param(ROW[:-1] + b"\\\n", "unexpected end of data", id="an escape at the end"),
         pytest.param(b"x" * 3_000_000, "a row has 1 cells", id="a line of several megabytes"),
         pytest.param(
             b'"' + b"x\n" * 600_000, "field larger than field limit", id="an endless quoted cell"
