@@ -37,8 +37,6 @@ import calendar
 import concurrent.futures
 import contextlib
 import csv
-import difflib
-import errno
 import gzip
 import hashlib
 import io
@@ -50,13 +48,13 @@ import traceback
 import uuid
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -249,20 +247,22 @@ class Console(logging.Handler):
 
 # --- Signals ---
 
+AGAIN = "Run the same command again."
+KEPT = f"The export is kept in %s. {AGAIN}"
 MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you can spend another."
 
 
+@dataclass
 class Interruption:
     """Ctrl-C, SIGTERM, and SIGHUP end the process at once, with a message. What the next run needs
     is on disk at any moment, so there is no exception that a library could swallow."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.folder: Path | None = None  # of the export, once this run has locked it
-        self.held = False  # Signals have to wait.
-        self.received = 0  # the first signal
-        self.succeeded = False  # The report is published and its path is printed.
-        self.advice = "Run the same command to start again."
+    console: Console
+    folder: Path | None = None  # of the export, once this run has locked it
+    advice: str = AGAIN  # after an interruption or a failure
+    held: bool = False  # Signals have to wait.
+    received: int = 0  # the first signal
+    succeeded: bool = False  # The report is published and its path is printed.
 
     def handle(self, number: int = 0, frame: object = None) -> None:
         self.received = self.received or number
@@ -271,13 +271,10 @@ class Interruption:
         self.held = True  # Further signals change nothing.
         if self.succeeded:
             os._exit(0)
-        text = self.advice
-        if holds_export(self.folder):
-            text = "CircleCI keeps working on the export. Run the same command to collect it."
-        elif self.folder:
-            remove_folder(self.folder)
+        if self.folder:
+            tidy_folder(self.folder)
         with contextlib.suppress(OSError):  # skip logging: the interrupted code may hold its locks
-            line = self.console.render(logging.CRITICAL, f"Interrupted. {text}")
+            line = self.console.render(logging.CRITICAL, f"Interrupted. {self.advice}")
             os.write(self.console.stream.fileno(), line.encode())
         os._exit(128 + self.received)
 
@@ -313,7 +310,6 @@ VARIABLES = {  # what each must match, what it must be, and an example
 
 class Settings(NamedTuple):
     token: str
-    token_source: str  # "the environment" or the path of .env
     base_url: str
     output: Path
     primary: str  # organization ID; empty: list the choices
@@ -322,6 +318,11 @@ class Settings(NamedTuple):
     start: str = ""  # in ISO format, which sorts by time; no window with a job ID
     end: str = ""  # as requested from CircleCI: not in the future
     wanted_end: str = ""  # as the user gave it
+
+    @property
+    def exports(self) -> str:
+        """The path of the organization's export jobs."""
+        return f"/api/v2/organizations/{self.primary}/usage_export_job"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -351,12 +352,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # Values are not shown: one may be a misplaced token.
-        word, flag = unknown[0].lstrip("-"), unknown[0].split("=")[0]
-        flags = ["--" + name.replace("_", "-") for name in vars(args)]
-        similar = (difflib.get_close_matches(flag, flags, n=1) or ["--help"])[0]
-        similar = f"--period {word}" if re.fullmatch(PERIOD, word) else similar
-        flag = f" {clean(flag)}" if flag.startswith("-") else ""
-        parser.error(f"unknown argument{flag}. Did you mean {similar}?")
+        flags = clean(" ".join(word.split("=")[0] for word in unknown if word.startswith("-")))
+        text = f"{flags or 'a value without a flag'} is not a valid argument."
+        parser.error(f"{text} Use flags such as --period last-month; --help lists them.")
     return args
 
 
@@ -373,11 +371,10 @@ def load_settings(args: argparse.Namespace) -> Settings:
     # No interpolation: a $ in a value is a $.
     in_file = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
     values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
-    source = "the environment" if values["CIRCLE_TOKEN"] else str(env_file)
     values = {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
     token, job_id = values["CIRCLE_TOKEN"], args.job_id.lower()
     how = "In CircleCI > User Settings > Personal API Tokens, create one, such as CCIPAT_..."
-    require(token not in ("", PLACEHOLDER), f"CIRCLE_TOKEN is not set in {source}. {how}")
+    require(token not in ("", PLACEHOLDER), f"CIRCLE_TOKEN is not set in {env_file}. {how}")
     SECRETS.add(token)
     for name, (pattern, text, example) in VARIABLES.items():
         valid = re.fullmatch(f"({pattern})?", values[name], re.IGNORECASE | re.DOTALL)
@@ -385,20 +382,18 @@ def load_settings(args: argparse.Namespace) -> Settings:
     valid = re.fullmatch(f"({ID_PATTERN})?", job_id)
     require(valid, f"--job-id must be a UUID, such as {EXAMPLE}.")
     output = Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute()
-    text = f"Cannot write to {output}. Use --output-dir with another folder, such as reports."
-    try:
+    with contextlib.suppress(FileExistsError, NotADirectoryError, PermissionError):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        require(error.errno in (errno.ENOSPC, errno.EDQUOT), text)
-        raise
-    require(os.access(output, os.W_OK | os.X_OK), text)
+    writable = output.is_dir() and os.access(output, os.W_OK | os.X_OK)
+    text = f"Cannot write to {output}. Use --output-dir with another folder, such as reports."
+    require(writable, text)
     primary = values["PRIMARY_ORG_ID"].lower()
     base_url = (values["CIRCLECI_BASE_URL"] or "https://circleci.com").lower().rstrip("/")
     shared = re.findall(ID_PATTERN, values["SHARED_ORG_IDS"].lower())
     given = args.start or args.end or args.period  # validated even with --job-id
     window = choose_window(args, values) if given or (primary and not job_id) else ()
     window = () if job_id else window
-    return Settings(token, source, base_url, output, primary, shared, job_id, *window)
+    return Settings(token, base_url, output, primary, shared, job_id, *window)
 
 
 def months_back(day: date, months: int) -> date:
@@ -501,15 +496,17 @@ def check_status(what: str, response: requests.Response, details: str) -> None:
         raise ReportError(text, status=status)
 
 
-def send(method: str, url: str, token: str = "", body: object = None) -> requests.Response:
-    """The response, its body unread. Sent through an adapter, because a session stores cookies,
-    reads ~/.netrc, and parses redirects. Here, the session only reads the proxy and CA settings."""
+def send(url: str, token: str = "", body: object = None) -> requests.Response:
+    """The response to a GET, or to the POST of a body; its content is unread. Sent through an
+    adapter, because a session stores cookies, reads ~/.netrc, and parses redirects. Here, the
+    session only reads the proxy and CA settings."""
     headers = {"User-Agent": f"circleci-usage-report/{__version__}", "Accept-Encoding": "identity"}
     if token:
         headers["Circle-Token"] = token
     session = requests.Session()
     session.trust_env = url.startswith("https")  # Without TLS, a proxy would see the token.
     settings = session.merge_environment_settings(url, {}, True, None, None)
+    method = "POST" if body else "GET"
     request = requests.Request(method, url, headers=headers, json=body).prepare()
     return HTTPAdapter().send(request, timeout=TIMEOUTS, **settings)  # type: ignore[arg-type]
 
@@ -533,20 +530,20 @@ def sleep(seconds: float, text: str) -> None:
         seconds -= max(pause, time.time() - started)
 
 
-def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES, max_sent: int = 99) -> T:
+def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) -> T:
     """What action() returns. Repeats it after a RetryableError: after a pause, or when the rate
-    limit allows. Raises the last error after the last pause, PATIENCE, or `max_sent` sent requests;
-    its status only if all errors had it."""
-    tries, failures, sent, waited, statuses = 0, 0, 0, 0.0, set()
+    limit allows. Raises the last error after the last pause or PATIENCE; its status only if all
+    errors had it."""
+    tries, failures, waited, statuses = 0, 0, 0.0, set()
     while True:
         try:
             return action()
         except RetryableError as error:
             tries, failures = tries + 1, failures + (error.wait is None)
             pause = max(pauses[min(tries, len(pauses)) - 1], error.wait or 0)
-            sent, waited = sent + error.sent, waited + pause
+            waited += pause
             statuses.add(error.status)
-            if failures > len(pauses) or sent >= max_sent or waited > PATIENCE:
+            if failures > len(pauses) or waited > PATIENCE:
                 if len(statuses) == 1:
                     raise
                 raise RetryableError(str(error), error.code) from None  # One 404 proves nothing.
@@ -555,55 +552,51 @@ def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES, max_s
         sleep(pause, "Retrying in")
 
 
-class Api:
-    """CircleCI's API. The token goes to the host of base_url and nowhere else."""
+NEXT_STEPS = {
+    400: f"Use at most {MAX_WINDOW_DAYS} days of the last {HISTORY_MONTHS} months.",
+    401: "CIRCLE_TOKEN is invalid or expired. Replace it. (The environment overrides .env.)",
+    403: "Use the token of an organization admin.",
+    404: "Check PRIMARY_ORG_ID, SHARED_ORG_IDS, and --job-id, and that the token has access.",
+}
 
-    def __init__(self, settings: Settings) -> None:
-        self.base_url, self.token = settings.base_url, settings.token
-        self.exports = f"/api/v2/organizations/{settings.primary}/usage_export_job"
-        used = ["PRIMARY_ORG_ID"] + ["SHARED_ORG_IDS"] * bool(settings.shared)
-        used += ["--job-id"] * bool(settings.job_id)
-        self.next_steps = {
-            400: f"Use at most {MAX_WINDOW_DAYS} days of the last {HISTORY_MONTHS} months.",
-            401: f"CIRCLE_TOKEN in {settings.token_source} is invalid or expired. Replace it.",
-            403: "Use the token of an organization admin.",
-            404: f"Check {' and '.join(used)}. The owner of CIRCLE_TOKEN must have access.",
-        }
 
-    def get(self, path: str, parse: Callable[[Any], T]) -> T:
-        return retry(partial(self.request, "GET", path, parse))
+def call_api(settings: Settings, path: str, parse: Callable[[Any], T], body: object = None) -> T:
+    """What parse() makes of the JSON that answers a GET, or the POST of a body. The token goes to
+    the host of base_url and nowhere else. Raises RetryableError, also for data of another shape, or
+    ReportError with the HTTP status."""
+    url, started, answer = settings.base_url + path, time.time(), None
+    what = f"{'POST' if body else 'GET'} {url}"
 
-    def request(self, method: str, path: str, parse: Callable[[Any], T], body: object = None) -> T:
-        """What parse() makes of the response's JSON. Raises RetryableError, also for data of
-        another shape, or ReportError with the HTTP status."""
-        what, started, answer = f"{method} {self.base_url}{path}", time.time(), None
+    def exchange() -> tuple[requests.Response, bytearray]:
+        content = bytearray()
+        with send(url, settings.token, body) as response:
+            for block in response.iter_content(1 << 14):
+                content += block
+                if len(content) > ANSWER_BYTES:
+                    raise RetryableError(f"{what}: the response is too large.", UNFINISHED)
+            return response, content
 
-        def exchange() -> tuple[requests.Response, bytearray]:
-            content = bytearray()
-            with send(method, self.base_url + path, self.token, body) as response:
-                for block in response.iter_content(1 << 14):
-                    content += block
-                    if len(content) > ANSWER_BYTES:
-                        raise RetryableError(f"{what}: the response is too large.", UNFINISHED)
-                return response, content
+    response, content = limited(what, ANSWER_SECONDS, exchange)
+    log.debug("%s: %d after %.1f s", what, response.status_code, time.time() - started)
+    with contextlib.suppress(ValueError, RecursionError):
+        answer = json.loads(content)
+    message = answer.get("message") if isinstance(answer, dict) else None
+    message = clean(message or response.reason).rstrip(".")
+    step = NEXT_STEPS.get(response.status_code, "")
+    check_status(what, response, f"{message}. {step}".strip())
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        return parse(answer)
+    raise RetryableError(f"{what} returned unexpected data. Check for a proxy or login page.")
 
-        response, content = limited(what, ANSWER_SECONDS, exchange)
-        log.debug("%s: %d after %.1f s", what, response.status_code, time.time() - started)
-        with contextlib.suppress(ValueError, RecursionError):
-            answer = json.loads(content)
-        message = answer.get("message") if isinstance(answer, dict) else None
-        message = clean(message or response.reason).rstrip(".")
-        step = self.next_steps.get(response.status_code, "")
-        check_status(what, response, f"{message}. {step}".strip())
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-            return parse(answer)
-        raise RetryableError(f"{what} returned unexpected data. Check for a proxy or login page.")
+
+def get(settings: Settings, path: str, parse: Callable[[Any], T]) -> T:
+    return retry(partial(call_api, settings, path, parse))
 
 
 # --- Organizations ---
 
 
-def list_collaborations(api: Api) -> list[list[str]]:
+def list_collaborations(settings: Settings) -> list[list[str]]:
     """Name, slug, and ID of each of the token owner's organizations. Skips those without an ID."""
 
     def parse(answer: Any) -> list[list[str]]:
@@ -611,21 +604,19 @@ def list_collaborations(api: Api) -> list[list[str]]:
         rows = [[clean(entry.get(key) or "-") for key in keys] for entry in answer]
         return [row for row in rows if re.fullmatch(ID_PATTERN, row[2].lower())]
 
-    return api.get("/api/v2/me/collaborations", parse)
+    return get(settings, "/api/v2/me/collaborations", parse)
 
 
-def primary_question(api: Api, width: int) -> str:
-    """The text that asks for PRIMARY_ORG_ID and lists the choices."""
-    rows = list_collaborations(api)
+def primary_question(settings: Settings, width: int) -> str:
+    """The text that asks for PRIMARY_ORG_ID and lists the organizations to choose from."""
+    rows = list_collaborations(settings)
     if not rows:
         raise ReportError("The owner of CIRCLE_TOKEN has no organizations. Use another token.")
-    table = format_table([["NAME", "SLUG", "ID"], *rows], 3, width)
-    several = len(rows) > 1
-    question = "Which organization owns the plan?" if several else "You have one organization."
-    return f"{question} Set PRIMARY_ORG_ID to its ID and run the same command again.\n{table}"
+    text = "PRIMARY_ORG_ID is not set. Set it to the ID of the organization that owns the plan:"
+    return f"{text}\n{format_table([['NAME', 'SLUG', 'ID'], *rows], 3, width)}"
 
 
-def find_organizations(api: Api, settings: Settings) -> dict[str, str]:
+def find_organizations(settings: Settings) -> dict[str, str]:
     """Name by ID of every organization on the plan, the primary first. An unclear response is
     an error, because a report on the primary alone could look complete."""
 
@@ -637,7 +628,7 @@ def find_organizations(api: Api, settings: Settings) -> dict[str, str]:
     found = dict.fromkeys(settings.shared, "")
     if not found:
         try:  # an undocumented endpoint, seen in public code
-            found = api.get(f"/private/orgs/{settings.primary}/plan/shares-for", parse)
+            found = get(settings, f"/private/orgs/{settings.primary}/plan/shares-for", parse)
         except ReportError as error:
             text = f"{error} Workaround: set SHARED_ORG_IDS to the organizations' IDs."
             raise ReportError(text, error.code) from None
@@ -695,20 +686,20 @@ def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
         try:
             yield
         except NothingToCollect:
+            interruption.advice = AGAIN
             remove_folder(folder)
             raise
         finally:
-            if not holds_export(folder):
-                remove_folder(folder)
-    if sys.platform == "win32" and not holds_export(folder):
-        remove_folder(folder)  # Windows cannot remove an open file.
+            tidy_folder(folder)
+    if sys.platform == "win32":  # Windows cannot remove an open file.
+        tidy_folder(folder)
 
 
-def holds_export(folder: Path | None) -> bool:
-    try:
-        return folder is not None and load_export(folder) is not None
-    except OSError:  # It cannot be read now, but it may hold one.
-        return True
+def tidy_folder(folder: Path) -> None:
+    """Remove an export's folder, unless it holds an export, or cannot be read now."""
+    with contextlib.suppress(OSError):
+        if not load_export(folder).job_id:
+            remove_folder(folder)
 
 
 def remove_folder(folder: Path) -> None:
@@ -728,7 +719,7 @@ class Export:
     to the parts, without the token and without signed URLs."""
 
     folder: Path
-    job_id: str
+    job_id: str = ""  # "" if there is no job yet
     end: str = ""  # as requested; "" if not known
     requested_at: float | None = None  # unix seconds; None if not known
     polls: list[float] = field(default_factory=list)  # unix seconds of the organization's last GETs
@@ -747,15 +738,15 @@ class Export:
         return f" after {age}" if self.requested_at else ""
 
 
-def load_export(folder: Path) -> Export | None:
-    """The export of an earlier run, or None. If any value is invalid, only its job ID is used."""
+def load_export(folder: Path) -> Export:
+    """The export of an earlier run, if any. If a value is invalid, only its job ID is used."""
     found = None
     for name in (STATE + ".new", STATE):  # the draft, if a run was killed just after the POST
         with contextlib.suppress(FileNotFoundError):
             text = (folder / name).read_text("utf-8", errors="replace")
             found = re.search(rf'(?i)"job_id"\s*:\s*"({ID_PATTERN})"', text) or found
     if not found:
-        return None
+        return Export(folder)
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         export = Export(folder, **{**json.loads(found.string), "job_id": found[1].lower()})
         times = [*export.polls, export.requested_at or 1]
@@ -771,65 +762,57 @@ def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
     if settings.job_id:
         for folder in settings.output.glob(".export-*"):
             with contextlib.suppress(OSError):
-                export = load_export(folder)
-                if export and export.job_id == settings.job_id:
+                if load_export(folder).job_id == settings.job_id:
                     return folder
     key = [settings.base_url, settings.primary, settings.job_id, settings.start]
     text = " ".join([*key, settings.wanted_end, *sorted(organizations)])
     return settings.output / f".export-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def resume_export(folder: Path, settings: Settings) -> Export | None:
-    """The export of an earlier run, or of --job-id. None if a new one must be requested."""
+def resume_export(folder: Path, settings: Settings) -> Export:
+    """The export of an earlier run, or of --job-id; one without a job ID must be requested."""
     export = load_export(folder)
-    if not export:
-        return Export(folder, settings.job_id) if settings.job_id else None
+    if not export.job_id:
+        return Export(folder, settings.job_id)
     if settings.end == settings.wanted_end and "" < export.end < settings.end:
         log.warning("The earlier export ends at %s. Requesting the whole window.", export.end)
-        return None
+        return Export(folder)
     log.info("Resuming export job %s from an earlier run.", export.job_id)
     return export
 
 
 def request_export(
-    api: Api, body: Mapping[str, Any], folder: Path, interruption: Interruption
+    settings: Settings, body: Mapping[str, Any], folder: Path, interruption: Interruption
 ) -> Export:
     """Start an export job and save its ID. A POST with an unknown outcome may have started one, and
     the API does not list exports. So it is sent at most once more."""
-    earlier = load_export(folder)
-    draft = Export(folder, "", body["end"], polls=earlier.polls if earlier else [])
+    draft = Export(folder, end=body["end"], polls=load_export(folder).polls)
     for path in folder.glob("part-*"):  # of the earlier job
         path.unlink()
     draft.save()  # A full disk fails here, before anything is spent.
-
-    def parse_job_id(answer: Any) -> str:
-        return str(uuid.UUID(answer["usage_export_job_id"]))
+    interruption.advice = AGAIN
 
     def post() -> Export:
         with interruption.hold():
             requested_at = time.time()
             try:
-                job_id = api.request("POST", api.exports, parse_job_id, body)
+                job_id = call_api(settings, settings.exports, parse_job_id, body)
             except RetryableError as error:
                 if error.sent:
                     interruption.advice = MAY_HAVE_STARTED
                 raise
+            interruption.advice = f"Use --job-id {job_id} to collect the export."
             export = replace(draft, job_id=job_id, requested_at=requested_at)
-            try:
-                export.save()
-            except OSError as error:
-                text = f"Cannot record the export job: {error.strerror}. Fix that and run the"
-                interruption.advice = f"{text} same command with --job-id {job_id}"
-                raise ReportError(interruption.advice) from None
+            export.save()
+            interruption.advice = KEPT % folder
         log.info("CircleCI started export job %s.", export.job_id)
         return export
 
-    try:
-        return retry(post, pauses=(16,) * 5, max_sent=2)
-    except ReportError as error:
-        if interruption.advice != MAY_HAVE_STARTED:
-            raise
-        raise ReportError(f"{error} {MAY_HAVE_STARTED}") from None
+    return retry(post, pauses=(16,))
+
+
+def parse_job_id(answer: Any) -> str:
+    return str(uuid.UUID(answer["usage_export_job_id"]))
 
 
 # --- Waiting for the job ---
@@ -863,7 +846,7 @@ def parse_job(answer: Any) -> tuple[str, list[str]]:
     return state, links
 
 
-def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str]]:
+def poll_job(settings: Settings, export: Export, state: str) -> tuple[str, list[str]]:
     """Send the next GET when it is due. A 404 is retryable, because the job may be very new."""
     now = time.time()
     set_back = max([now, *export.polls, export.requested_at or now]) - now  # of the clock
@@ -874,7 +857,7 @@ def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str]]:
     export.polls = [*export.polls, time.time()][-GETS_PER_HOUR:]
     export.save()  # before the GET, which counts even if this run is killed before the response
     try:
-        return api.request("GET", f"{api.exports}/{export.job_id}", parse_job)
+        return call_api(settings, f"{settings.exports}/{export.job_id}", parse_job)
     except ReportError as error:
         if error.status != 404:
             raise
@@ -883,13 +866,13 @@ def poll_job(api: Api, export: Export, state: str) -> tuple[str, list[str]]:
         export.polls[-1] = max(due, time.time())  # the latest time CircleCI can have counted it
 
 
-def wait_for_links(api: Api, export: Export) -> list[str]:
+def wait_for_links(settings: Settings, export: Export) -> list[str]:
     """The download links of the completed job. Raises ReportError if it takes too long or fails."""
     state, empty, now = "requested", 0, time.time()
     left = max(PATIENCE - (now - (export.requested_at or now)), HOUR)  # seconds
     while left > 0:
         started = time.time()
-        state, links = retry(partial(poll_job, api, export, state))
+        state, links = retry(partial(poll_job, settings, export, state))
         left -= min(max(time.time() - started, 0), HOUR)  # A jump of the clock counts as an hour.
         log.log(STEP, "Export: %s%s", state, export.age())
         export.completed = state == "completed" and bool(links)
@@ -949,14 +932,14 @@ def part_stems(total: int, digest: str) -> list[str]:
     return [f"part-{number:04}-of-{total:04}-{digest}" for number in range(1, total + 1)]
 
 
-def collect_parts(api: Api, export: Export) -> list[Path]:
+def collect_parts(settings: Settings, export: Export) -> list[Path]:
     """The complete parts in order. Those from an earlier run are not downloaded again."""
     found = stored_parts(export.folder)
     digests = {stem.rpartition("-")[2] for stem in found}
     if found and list(found) in [part_stems(len(found), digest) for digest in digests]:
         return list(found.values())
     for _ in range(3):
-        links = wait_for_links(api, export)
+        links = wait_for_links(settings, export)
         export.save()
         # The names stay the same when the links are signed again.
         paths = "\n".join(link.partition("?")[0] for link in links)
@@ -995,7 +978,7 @@ def download_part(part: Part) -> bool:
     """Download and verify a part: length and gzip CRC-32. Returns False if its link has expired."""
     part.received, name = 0, f"Part {part.number}"
     with contextlib.ExitStack() as stack:
-        response = limited(name, ANSWER_SECONDS, send, "GET", part.link)
+        response = limited(name, ANSWER_SECONDS, send, part.link)
         stack.callback(WORKERS.submit, response.close)  # close() would wait for a stuck read.
         if response.status_code in (401, 403):  # CircleCI's links expire after 36 hours.
             return False
@@ -1041,9 +1024,8 @@ def decompress(file: Any) -> Any:
 
 def read_lines(file: Any, first: bytes = b"") -> Iterator[str]:
     """`first` and the lines of a binary file, as text. Splits a line that is too long."""
-    text = io.TextIOWrapper(file, "utf-8", "replace", newline="\n")
-    beginning = [first.decode("utf-8", "replace")] if first else []
-    return chain(beginning, iter(partial(text.readline, MAX_ROW), ""))
+    lines = chain([first] if first else [], iter(partial(file.readline, MAX_ROW), b""))
+    return map(str, lines, repeat("utf-8"), repeat("replace"))
 
 
 def read_rows(lines: Iterator[str], columns: int = 0, limit: int = 0) -> Iterator[list[str]]:
@@ -1182,13 +1164,12 @@ def publish_report(export: Export, label: str, plain: bool) -> Path:
 COUNTED = ["ORGANIZATION_ID", "ORGANIZATION_NAME", "PROJECT_ID", "PROJECT_NAME", "TOTAL_CREDITS"]
 CREDITS = re.compile(r"(-?[0-9]{1,12}(\.[0-9]{1,9})?)?")  # so that sums are exact
 Key = tuple[str, ...]  # () for the total, (organization ID,), or (organization ID, project ID)
-Usage = tuple[Counter[Key], defaultdict[Key, Decimal], dict[Key, str]]  # rows, credits, names
+Usage = dict[Key, tuple[int, Decimal, str]]  # rows, credits, and name
 
 
 def count_usage(report: Path, plain: bool) -> Usage:
     """Raises ValueError or csv.Error if the usage cannot be counted exactly."""
-    usage: Usage = (Counter(), defaultdict(Decimal), {})
-    counts, totals, names = usage
+    usage: Usage = {(): (0, Decimal(), "")}
     with open(report, "rb") as file:
         columns = parse_line(file.readline(MAX_ROW))
         missing = [name for name in COUNTED if name not in columns]
@@ -1207,9 +1188,8 @@ def count_usage(report: Path, plain: bool) -> Usage:
                     raise ValueError(f"{clean(credits)} is not a valid number of credits")
                 key, used = (organization_id.lower(), project_id), Decimal(credits or 0) * times
                 for size, name in enumerate(("", organization, project)):
-                    counts[key[:size]] += times
-                    totals[key[:size]] += used
-                    names[key[:size]] = name
+                    count, total, _ = usage.get(key[:size], (0, Decimal(), ""))
+                    usage[key[:size]] = count + times, total + used, name
     return usage
 
 
@@ -1217,17 +1197,17 @@ def show_summary(
     report: Path, plain: bool, organizations: Mapping[str, str], width: int, started: float
 ) -> None:
     """Show the organizations, the projects with the most credits, and the totals."""
-    counts, totals, names = count_usage(report, plain)
-    names = {key: clean(name or "".join(key[-1:])) or "-" for key, name in names.items()}
+    usage = count_usage(report, plain)
+    names = {key: clean(name or "".join(key[-1:])) or "-" for key, (_, _, name) in usage.items()}
     names.update({(key,): name for key, name in organizations.items() if name})
     bar = 20 if 80 <= width < LOG_WIDTH else 0
     tables: list[list[list[str]]] = [[], [], []]  # the total, organizations, projects
-    for key in sorted({(), *counts}, key=lambda key: (-totals[key], key)):
-        share = totals[key] / totals[()] if totals[()] else Decimal()
+    for key, (count, total, _) in sorted(usage.items(), key=lambda item: (-item[1][1], item[0])):
+        share = total / usage[()][1] if usage[()][1] else Decimal()
         labels = [names[key[:size]] for size in (2, 1) if size <= len(key)]
-        figures = [f"{counts[key]:,}", f"{totals[key].normalize():,f}", f"{share:.1%}"]
+        figures = [f"{count:,}", f"{total.normalize():,f}", f"{share:.1%}"]
         tables[len(key)].append([*labels, *figures, ("#" * round(bar * share)).ljust(bar)])
-    unused = [name or each for each, name in organizations.items() if (each,) not in counts]
+    unused = [name or each for each, name in organizations.items() if (each,) not in usage]
     tables[1] += [[name, "no usage", "", "", ""] for name in unused]
     titles = ["ROWS", "CREDITS", "SHARE"]
     rows = [["ORGANIZATION", *titles, ""], *tables[1], ["Total", *tables[0][0]]]
@@ -1235,7 +1215,7 @@ def show_summary(
     rows = [["PROJECT", "ORGANIZATION", *titles], *(row[:5] for row in tables[2][:MAX_LISTED])]
     log.log(TABLE, "%s", format_table(rows, 2, width))
     size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
-    log.info(f"{counts[()]:,} rows, {size}, {duration}")
+    log.info("%s rows, %s, %s", tables[0][0][0], size, duration)
 
 
 # --- The run ---
@@ -1258,49 +1238,48 @@ def show_request(settings: Settings, organizations: Mapping[str, str], width: in
 
 
 def obtain_parts(
-    api: Api, settings: Settings, export: Export | None, request: Callable[[], Export]
+    settings: Settings, export: Export, request: Callable[[], Export]
 ) -> tuple[Export, list[Path]]:
     """The export and its complete parts. If the job does not exist, it is requested again, once."""
-    export = export or request()
+    export = export if export.job_id else request()
     log.info("This can take up to 4 hours. Ctrl-C is safe: run the same command to resume.")
     try:
-        return export, collect_parts(api, export)
+        return export, collect_parts(settings, export)
     except RetryableError as error:
         if error.status != 404 or (settings.job_id and export.requested_at):
             raise  # With --job-id, the folder of the run that requested the job stays.
-        if settings.primary not in (row[2].lower() for row in list_collaborations(api)):
+        if settings.primary not in (row[2].lower() for row in list_collaborations(settings)):
             raise ReportError(f"{error} CIRCLE_TOKEN has no access to PRIMARY_ORG_ID.") from None
         if settings.job_id:
             raise NothingToCollect(str(error)) from None
     log.warning("CircleCI cannot find export job %s. Requesting the export again.", export.job_id)
     export = request()
-    return export, collect_parts(api, export)
+    return export, collect_parts(settings, export)
 
 
 def run(args: argparse.Namespace, console: Console, interruption: Interruption) -> int:
     """The steps of a run. Returns the exit code. Raises ReportError or OSError."""
     started, settings = time.time(), load_settings(args)
-    api = Api(settings)
     if not settings.primary:
-        log.critical("%s", primary_question(api, console.width()))
-        return INVALID
-    owner = api.get("/api/v2/me", lambda me: f"{me.get('name') or '-'} ({me['login'].strip()})")
-    log.info("Signed in as %s.", clean(owner))
-    organizations = {} if settings.job_id else find_organizations(api, settings)
+        raise ReportError(primary_question(settings, console.width()), INVALID)
+    name, login = get(settings, "/api/v2/me", lambda me: (me.get("name"), me["login"].strip()))
+    log.info("Signed in as %s (%s).", clean(name or "-"), clean(login))
+    organizations = {} if settings.job_id else find_organizations(settings)
     show_request(settings, organizations, console.width())
     body = {"start": settings.start, "end": settings.end, "shared_org_ids": list(organizations)}
     if args.dry_run:
-        post = f"POST {api.exports}\n{json.dumps(body, indent=2)}"
-        text = f"GET {api.exports}/{settings.job_id}" if settings.job_id else post
+        post = f"POST {settings.exports}\n{json.dumps(body, indent=2)}"
+        text = f"GET {settings.exports}/{settings.job_id}" if settings.job_id else post
         log.info("Dry run. The next request would be:\n%s", text)
         return 0
     folder = find_folder(settings, organizations)
     with open_folder(folder, interruption):
         export = resume_export(folder, settings)
-        report = settings.output / (export.report if export and export.plain == args.plain else "")
+        interruption.advice = KEPT % folder if export.job_id else AGAIN
+        report = settings.output / (export.report if export.plain == args.plain else "")
         if not report.is_file():  # No earlier run has published it.
-            request = partial(request_export, api, body, folder, interruption)
-            export, parts = obtain_parts(api, settings, export, request)
+            request = partial(request_export, settings, body, folder, interruption)
+            export, parts = obtain_parts(settings, export, request)
             with new_file(folder / MERGED) as file:
                 merge_parts(parts, file, args.plain)
             days = f"{settings.start[:10]}_{(export.end or settings.end)[:10]}"
@@ -1339,10 +1318,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         code, text = FAILED, f"Unexpected error: {clean(repr(error))}. Use --verbose for details."
         log.debug("%s", traceback.format_exc())
-    if holds_export(interruption.folder):
-        text += f" The export is kept in {interruption.folder}. Run the same command to resume."
-    elif code == UNFINISHED:
-        text += " Run the same command again."
+    if not interruption.advice.endswith(AGAIN):
+        code = FAILED  # so that no cron job repeats it
+    if code == UNFINISHED or interruption.advice != AGAIN:
+        text += f" {interruption.advice}"
     log.error("%s", text)
     return code
 

@@ -54,8 +54,8 @@ def count(folder: Path, content: bytes, plain: bool = False) -> dict[str, tuple[
     """Rows and credits by organization ID, as count_usage() finds them in a report."""
     report = folder / "report.csv"
     report.write_bytes(content)
-    counts, credits, _ = usage_report.count_usage(report, plain)
-    return {key[0]: (counts[key], credits[key]) for key in counts if len(key) == 1}
+    usage = usage_report.count_usage(report, plain)
+    return {key[0]: (rows, credits) for key, (rows, credits, _) in usage.items() if len(key) == 1}
 
 
 def expected(rows: list[list[Cell]]) -> dict[str, tuple[int, Decimal]]:
