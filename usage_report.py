@@ -106,7 +106,7 @@ PARALLEL_DOWNLOADS = 6
 BLOCK = 1 << 20
 MAX_ROW = 1 << 20
 MAX_TEXT = 300  # characters shown of external text
-MAX_LISTED = 10  # organizations or projects
+MAX_PROJECTS = 10  # shown in the summary
 
 FAILED, INVALID, NO_USAGE, UNFINISHED = 1, 2, 3, 75  # exit codes
 PLACEHOLDER = "your-personal-api-token"  # CIRCLE_TOKEN in .env.example
@@ -1212,7 +1212,7 @@ def show_summary(
     titles = ["ROWS", "CREDITS", "SHARE"]
     rows = [["ORGANIZATION", *titles, ""], *tables[1], ["Total", *tables[0][0]]]
     log.log(TABLE, "%s", format_table(rows, 1, width))
-    rows = [["PROJECT", "ORGANIZATION", *titles], *(row[:5] for row in tables[2][:MAX_LISTED])]
+    rows = [["PROJECT", "ORGANIZATION", *titles], *(row[:5] for row in tables[2][:MAX_PROJECTS])]
     log.log(TABLE, "%s", format_table(rows, 2, width))
     size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
     log.info("%s rows, %s, %s", tables[0][0][0], size, duration)
@@ -1229,9 +1229,7 @@ def show_request(settings: Settings, organizations: Mapping[str, str], width: in
     count = f"{len(organizations)} organization{'s' * (len(organizations) > 1)}"
     log.info("Usage from %s to %s (UTC), %s", first, last, count)
     rows = [["ORGANIZATION", "ID"], *([name or "-", key] for key, name in organizations.items())]
-    log.log(TABLE, "%s", format_table(rows[: MAX_LISTED + 1], 2, width))
-    if len(organizations) > MAX_LISTED:
-        log.info("... and %d more", len(organizations) - MAX_LISTED)
+    log.log(TABLE, "%s", format_table(rows, 2, width))
     refreshed = time.strftime("%Y-%m-%d", time.gmtime(time.time() - REFRESH_HOURS * 3600))
     if refreshed <= last:
         log.warning("Usage from %s on may not be complete yet.", max(first, refreshed))
