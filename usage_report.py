@@ -464,8 +464,8 @@ WORKERS = concurrent.futures.ThreadPoolExecutor(100)
 FAILURES = (
     ("Connection (aborted|broken)", True, "connection lost"),
     ("^TimeoutError|Read timed out", True, "no complete response in time"),
-    ("(?i)certificate", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
-    ("SOCKS|ProxyError.*(NewConn|NameRes|Tunnel)", False, "cannot use the proxy in HTTPS_PROXY"),
+    ("CERTIFICATE_VERIFY|CA certificate", False, "untrusted certificate. Check REQUESTS_CA_BUNDLE"),
+    ("for SOCKS|ProxyError.*(NewC|NameR|Tunnel)", False, "cannot use the proxy in HTTPS_PROXY"),
     ("NameResolution|getaddrinfo", False, "host not found. Check the network"),
     ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
     ("NewConnection", False, "cannot connect to its port. Check CIRCLECI_BASE_URL"),

@@ -465,8 +465,8 @@ NETWORK = [
     ("proxy not running", False, "cannot use the proxy in HTTPS_PROXY"),
     ("proxy refuses", False, "cannot use the proxy in HTTPS_PROXY"),
     ("SOCKS", False, "cannot use the proxy in HTTPS_PROXY"),
-    ("CA bundle missing", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
-    ("certificate", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
+    ("CA bundle missing", False, "untrusted certificate. Check REQUESTS_CA_BUNDLE"),
+    ("certificate", False, "untrusted certificate. Check REQUESTS_CA_BUNDLE"),
     pytest.param(
         *("connecting times out", False, "connecting timed out. Check the network"), marks=LINUX
     ),
@@ -526,6 +526,11 @@ def behind_proxy(cause: Exception) -> requests.exceptions.ProxyError:
             ),
             True,
             id="a response that is not HTTP",
+        ),
+        pytest.param(
+            requests.exceptions.SSLError("SOCKSHTTPSConnectionPool(host='certificate.io'): EOF"),
+            True,
+            id="a TLS connection that ends behind a SOCKS proxy",
         ),
         pytest.param(
             requests.ConnectionError("SOCKSHTTPSConnectionPool(...): Read timed out."),
