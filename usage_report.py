@@ -647,7 +647,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """A draft file that gets its final name once it is complete and flushed to disk."""
     draft = path.with_name(path.name + ".new")
     try:
-        with open(draft, "wb") as file:
+        with open(draft, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -886,7 +886,7 @@ def wait_for_links(settings: Settings, export: Export) -> list[str]:
     raise ReportError(f"Export job {export.job_id} is still {state}.", UNFINISHED)
 
 
-# --- Downloading the parts, which stay compressed and are verified as they arrive ---
+# --- Downloading the parts, which stay compressed; each is verified when it arrives ---
 
 
 @dataclass
@@ -896,25 +896,6 @@ class Part:
     stem: Path  # of its file
     received: int = 0  # bytes
     length: int | None = None  # bytes; None if not known
-
-
-class Body(io.RawIOBase):
-    """A response's body as a file. What is read from it is also written to `copy`."""
-
-    def __init__(self, response: requests.Response, part: Part, copy: BinaryIO) -> None:
-        self.raw, self.part, self.copy = response.raw, part, copy
-        self.raw.enforce_content_length = True  # urllib3 1.26 does not do this by default.
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        seconds = READ_SECONDS * max(1, len(buffer) / READ_BYTES)
-        block = limited(f"Part {self.part.number}", seconds, self.raw.read, len(buffer), False)
-        self.copy.write(block)
-        self.part.received += len(block)
-        buffer[: len(block)] = block
-        return len(block)
 
 
 def stored_parts(folder: Path) -> dict[str, Path]:
@@ -977,35 +958,42 @@ def download_parts(parts: Sequence[Part]) -> bool:
 def download_part(part: Part) -> bool:
     """Download and verify a part: length and gzip CRC-32. Returns False if its link has expired."""
     part.received, name = 0, f"Part {part.number}"
-    with contextlib.ExitStack() as stack:
-        response = limited(name, ANSWER_SECONDS, send, part.link)
-        stack.callback(WORKERS.submit, response.close)  # close() would wait for a stuck read.
-        if response.status_code in (401, 403):  # CircleCI's links expire after 36 hours.
-            return False
-        check_status(name, response, "The report needs every part.")
-        part.length = response.raw.length_remaining
-        copy = stack.enter_context(new_file(part.stem))
-        body: Any = io.BufferedReader(Body(response, part, copy), READ_BYTES)
+    response = limited(name, ANSWER_SECONDS, send, part.link)
+    if response.status_code in (401, 403):  # CircleCI's links expire after 36 hours.
+        return False
+    check_status(name, response, "The report needs every part.")
+    response.raw.enforce_content_length = True  # urllib3 1.26 does not do this by default.
+    part.length = response.raw.length_remaining
+    read = partial(limited, name, READ_SECONDS, response.raw.read, READ_BYTES, False)
+    with new_file(part.stem) as file:
+        for block in iter(read, b""):
+            if not part.received and not block.startswith(GZIP):
+                check_start(name, block)  # now, because a web page may never end
+            part.received += file.write(block)
+        file.seek(0)
         try:
-            rows = decompress(body)
-            first = rows.readline(MAX_ROW)
-            if first and not ROW_START.match(first):
-                raise RetryableError(f"{name} is not a CSV. It may be a web page or JSON.")
-            if rows is body and part.length is None and not response.raw.chunked:
-                raise RetryableError(f"{name} has no length, so it may be incomplete.")
+            rows = decompress(file)
+            check_start(name, rows.readline(MAX_ROW))
             while rows.read(BLOCK):
                 pass
         except DAMAGED_GZIP:
             raise RetryableError(f"{name} is damaged: invalid gzip data.") from None
+        if rows is file and part.length is None and not response.raw.chunked:
+            raise RetryableError(f"{name} has no length, so it may be incomplete.")
     os.replace(part.stem, f"{part.stem}-{part.received}.csv.gz")
     flush_folder(part.stem.parent)
     log.debug("%s is complete: %d bytes", name, part.received)
     return True
 
 
+def check_start(name: str, start: bytes) -> None:
+    if start and not ROW_START.match(start):
+        raise RetryableError(f"{name} is not a CSV. It may be a web page or JSON.")
+
+
 # --- Reading parts and rows, whatever their dialect ---
 
-BOM = b"\xef\xbb\xbf"
+BOM, GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"  # first bytes of a file
 DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
 COLUMN_NAME = re.compile(r"\w+( \w+)*", re.ASCII)
 ROW_START = re.compile(rb'(\xef\xbb\xbf)?["\\\w][^\x00-\x08\x0e-\x1f]*,')
@@ -1017,7 +1005,7 @@ ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 def decompress(file: Any) -> Any:
     """The decompressed content: undoes the file's own gzip, and one the store may have added."""
     for _ in range(2):
-        if file.peek(2)[:2] == b"\x1f\x8b":  # gzip's magic number
+        if file.peek(2)[:2] == GZIP:
             file = gzip.GzipFile(fileobj=file, mode="rb")
     return file
 

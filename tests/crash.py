@@ -101,8 +101,8 @@ def watch(
     raw = type("RawFile", (RawFile,), {"disk": disk})
 
     def open_file(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if mode == "wb":
-            return io.BufferedWriter(raw(path, mode))
+        if mode == "w+b":
+            return io.BufferedRandom(raw(path, mode))
         return open(path, mode, *arguments, **options)
 
     usage_report.open = open_file  # type: ignore[attr-defined]
