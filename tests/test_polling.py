@@ -116,6 +116,11 @@ def test_six_failed_gets_are_unfinished_and_the_export_is_kept(fake, run):
     result = run()
     assert result.code == 75 and "503" in result.last_line
     assert "The export is kept in" in result.last_line
+    fake.plan("me", problem(401, "No."))
+    assert "kept" not in run().last_line
+    fake.plan("GET", *[problem(503, "Busy.")] * 6)
+    result = run()
+    assert result.code == 75 and "The export is kept in" in result.last_line
     assert run().code == 0 and len(fake.requests("POST")) == 1
 
 

@@ -461,6 +461,14 @@ def test_a_job_that_is_gone_is_requested_again(fake, run, clock, output):
     assert len(fake.requests("POST")) == 2 and leftovers(output) == []
 
 
+def test_a_job_that_is_gone_is_not_said_to_be_kept(fake, run, clock, output):
+    crash_after(5, clock, run)
+    fake.jobs.clear()
+    fake.plan("POST", problem(403, "No."))
+    result = run()
+    assert result.code == 1 and "kept" not in result.last_line and leftovers(output) == []
+
+
 def test_a_job_that_is_never_known_is_requested_again_once(fake, run):
     fake.plan("GET", *[GONE] * 40)
     result = run()

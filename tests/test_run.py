@@ -704,6 +704,7 @@ def test_a_failed_job_shows_its_reason_and_is_forgotten(fake, run, output):
     result = run()
     assert result.code == 1 and leftovers(output) == []
     assert "The export failed: result set over 100 MB. Try a shorter window" in result.last_line
+    assert "kept" not in result.last_line
     assert "SHARED_ORG_IDS" in result.last_line
     fake.job_fails = ""
     assert run().code == 0 and len(fake.requests("POST")) == 2

@@ -143,6 +143,7 @@ ROW = write_row(row())
             id="a line break in quotes that looks like a row",
         ),
         pytest.param(write_row(row(name='","'), "quoted"), 1, 5, id="a name of separators"),
+        pytest.param(ROW.replace(b"Acme", b"\xff"), 1, 5, id="a name that is not UTF-8"),
         pytest.param(write_row(row(credits=None)), 1, 0, id=r"credits missing: \\N"),
         pytest.param(ROW.replace(b",5\n", b",\\N\n"), 1, 0, id=r"credits missing: \N"),
         pytest.param(write_row(row(credits=None), "quoted"), 1, 0, id=r'credits missing: "\N"'),
