@@ -26,7 +26,7 @@ if sys.version_info < (3, 9):
     sys.exit(f"usage_report.py needs Python 3.9 or newer. Install a newer Python first. {SETUP}")
 
 SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-# What is ignored at the start, as under nohup, stays ignored.
+# Signals that are ignored at the start (nohup does that) stay ignored.
 SIGNALS = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 if __name__ == "__main__":  # The imports below take a while. Ctrl-C must not show a traceback.
     for number in SIGNALS:
@@ -37,6 +37,7 @@ import calendar
 import concurrent.futures
 import contextlib
 import csv
+import errno
 import gzip
 import hashlib
 import io
@@ -200,7 +201,7 @@ def format_table(rows: Sequence[Sequence[str]], names: int, width: int) -> str:
 
 log = logging.getLogger("usage_report")
 LOG_WIDTH = 1000  # columns, where there is no terminal
-LIVE, STEP = 15, 16  # log levels for a terminal's live line; elsewhere, STEP gets its own line
+LIVE, STEP = 15, 16  # log levels for the live line; without a terminal, only STEP is shown
 TABLE = 21  # log level of a table, which begins with column titles
 STYLES = {LIVE: ("2", ""), STEP: ("2", ""), TABLE: ("1", "")}  # color code and prefix by level
 STYLES.update({logging.WARNING: ("", "notice: "), logging.ERROR: ("31", "error: ")})
@@ -212,7 +213,9 @@ class Console(logging.Handler):
     def __init__(self, quiet: bool, verbose: bool) -> None:
         super().__init__(logging.ERROR if quiet else logging.DEBUG if verbose else LIVE)
         self.stream = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (2>&- leaves no stderr)
-        escapes = sys.platform != "win32" or "WT_SESSION" in os.environ  # Old consoles print them.
+        escapes = (
+            sys.platform != "win32" or "WT_SESSION" in os.environ
+        )  # Old consoles show them as text.
         self.terminal = escapes and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.color = self.terminal and not os.environ.get("NO_COLOR")
         self.live = False  # A live line is on the screen.
@@ -255,11 +258,12 @@ MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you c
 @dataclass
 class Interruption:
     """Ctrl-C, SIGTERM, and SIGHUP end the process at once, with a message. What the next run needs
-    is on disk at any moment, so there is no exception that a library could swallow."""
+    is already on disk. An exception could be swallowed by a library."""
 
     console: Console
     folder: Path | None = None  # of the export, once this run has locked it
     advice: str = AGAIN  # after an interruption or a failure
+    repeatable: bool = True  # The same command does not cost another export.
     held: bool = False  # Signals have to wait.
     received: int = 0  # the first signal
     succeeded: bool = False  # The report is published and its path is printed.
@@ -298,7 +302,7 @@ OWNER = f"{EXAMPLE}; leave it empty to list your organizations"
 ID_LIST = rf"({ID_PATTERN}|\s|,)*"
 LOOPBACK = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
 BASE_URL = rf"(https://[a-z0-9-]{{1,63}}(\.[a-z0-9-]{{1,63}})*|{LOOPBACK})(:[1-6]?[0-9]{{1,4}})?/?"
-VARIABLES = {  # what each must match, what it must be, and an example
+VARIABLES = {  # pattern, description, and example
     "CIRCLE_TOKEN": ("[!-~]+", "a personal API token", "CCIPAT_..."),
     "PRIMARY_ORG_ID": (ID_PATTERN, "the UUID of the organization that owns the plan", OWNER),
     "START_DATE": (".*", "the first day, unless --start or --period is used", ""),
@@ -353,7 +357,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # Values are not shown: one may be a misplaced token.
         flags = clean(" ".join(word.split("=")[0] for word in unknown if word.startswith("-")))
-        text = f"{flags or 'a value without a flag'} is not a valid argument."
+        text = f"Unknown argument: {flags or 'a value without a flag'}."
         parser.error(f"{text} Use flags such as --period last-month; --help lists them.")
     return args
 
@@ -365,7 +369,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
         if args.env_file or env_file.exists():
             text = env_file.read_text("utf-8-sig")  # Some editors write a BOM.
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "save it as UTF-8")
+        reason = getattr(error, "strerror", "it is not UTF-8")
         hint = "Copy .env.example to .env, or correct --env-file."
         raise ReportError(f"Cannot read {env_file}: {reason}. {hint}", INVALID) from None
     # No interpolation: a $ in a value is a $.
@@ -373,7 +377,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
     values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
     values = {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
     token, job_id = values["CIRCLE_TOKEN"], args.job_id.lower()
-    how = "In CircleCI > User Settings > Personal API Tokens, create one, such as CCIPAT_..."
+    how = "Create one (CCIPAT_...) in CircleCI under User Settings > Personal API Tokens."
     require(token not in ("", PLACEHOLDER), f"CIRCLE_TOKEN is not set in {env_file}. {how}")
     SECRETS.add(token)
     for name, (pattern, text, example) in VARIABLES.items():
@@ -382,11 +386,13 @@ def load_settings(args: argparse.Namespace) -> Settings:
     valid = re.fullmatch(f"({ID_PATTERN})?", job_id)
     require(valid, f"--job-id must be a UUID, such as {EXAMPLE}.")
     output = Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute()
-    with contextlib.suppress(FileExistsError, NotADirectoryError, PermissionError):
+    try:
         output.mkdir(parents=True, exist_ok=True)
-    writable = output.is_dir() and os.access(output, os.W_OK | os.X_OK)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
     text = f"Cannot write to {output}. Use --output-dir with another folder, such as reports."
-    require(writable, text)
+    require(output.is_dir() and os.access(output, os.W_OK | os.X_OK), text)
     primary = values["PRIMARY_ORG_ID"].lower()
     base_url = (values["CIRCLECI_BASE_URL"] or "https://circleci.com").lower().rstrip("/")
     shared = re.findall(ID_PATTERN, values["SHARED_ORG_IDS"].lower())
@@ -459,8 +465,8 @@ def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> tuple[
 # Runs calls that a server can stall. The caller times out; the thread may keep running.
 WORKERS = concurrent.futures.ThreadPoolExecutor(100)
 
-# What the exception says, whether the request may have been sent, and what to tell the user. It
-# counts as not sent only if there was no connection yet.
+# A pattern in the exception, whether the request may have been sent, and the text for the user. A
+# request counts as not sent only if there was no connection.
 FAILURES = (
     ("Connection (aborted|broken)", True, "connection lost"),
     ("^TimeoutError|Read timed out", True, "no complete response in time"),
@@ -468,14 +474,14 @@ FAILURES = (
     ("for SOCKS|ProxyError.*(NewC|NameR|Tunnel)", False, "cannot use the proxy in HTTPS_PROXY"),
     ("NameResolution|getaddrinfo", False, "host not found. Check the network"),
     ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
-    ("NewConnection", False, "cannot connect to its port. Check CIRCLECI_BASE_URL"),
+    ("NewConnection", False, "cannot connect to the port. Check CIRCLECI_BASE_URL"),
     ("", True, "connection lost"),
 )
 
 
-def limited(what: str, seconds: float, action: Callable[..., T], *arguments: Any) -> T:
-    """What action(*arguments) returns, within so many seconds. Raises RetryableError, without the
-    text of the exception, which can contain a signed URL."""
+def with_timeout(what: str, seconds: float, action: Callable[..., T], *arguments: Any) -> T:
+    """What action(*arguments) returns. Raises RetryableError if it fails or takes too long, without
+    the text of the exception, which can contain a signed URL."""
     try:
         return WORKERS.submit(action, *arguments).result(seconds)
     # http.client raises ValueError for a malformed response.
@@ -521,8 +527,8 @@ def rate_limit_seconds(headers: Mapping[str, str]) -> float:
 
 
 def sleep(seconds: float, text: str) -> None:
-    """Sleep, showing the text and the time left. Sleeps at most 1 s at a time, so that the time a
-    laptop is asleep counts, and a clock that is set back adds no delay."""
+    """Sleep, showing the text and the time left. Sleeps at most 1 s at a time, so that time
+    asleep counts, and a clock that is set back adds no delay."""
     while seconds > 0:
         log.log(LIVE, "%s %s", text, format_duration(seconds))
         started, pause = time.time(), min(seconds, 1)
@@ -531,22 +537,23 @@ def sleep(seconds: float, text: str) -> None:
 
 
 def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) -> T:
-    """What action() returns. Repeats it after a RetryableError: after a pause, or when the rate
-    limit allows. Raises the last error after the last pause or PATIENCE; its status only if all
-    errors had it."""
-    tries, failures, waited, statuses = 0, 0, 0.0, set()
+    """What action() returns. Calls it again after each RetryableError, until the pauses or PATIENCE
+    run out. Then it raises the last error, with its status only if all errors had it. A wait for
+    the rate limit uses up no pause."""
+    failures, waited, statuses = 0, 0.0, set()
     while True:
         try:
             return action()
         except RetryableError as error:
-            tries, failures = tries + 1, failures + (error.wait is None)
-            pause = max(pauses[min(tries, len(pauses)) - 1], error.wait or 0)
-            waited += pause
+            pause = max(pauses[min(failures, len(pauses) - 1)], error.wait or 0)
+            failures, waited = failures + (error.wait is None), waited + pause
             statuses.add(error.status)
             if failures > len(pauses) or waited > PATIENCE:
                 if len(statuses) == 1:
                     raise
-                raise RetryableError(str(error), error.code) from None  # One 404 proves nothing.
+                raise RetryableError(
+                    str(error), error.code
+                ) from None  # One 404 does not prove that a job is gone.
             when = f" in {format_duration(pause)}" if error.wait is not None else ""
             log.warning("%s Retrying%s.", error, when)
         sleep(pause, "Retrying in")
@@ -576,7 +583,7 @@ def call_api(settings: Settings, path: str, parse: Callable[[Any], T], body: obj
                     raise RetryableError(f"{what}: the response is too large.", UNFINISHED)
             return response, content
 
-    response, content = limited(what, ANSWER_SECONDS, exchange)
+    response, content = with_timeout(what, ANSWER_SECONDS, exchange)
     log.debug("%s: %d after %.1f s", what, response.status_code, time.time() - started)
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(content)
@@ -617,8 +624,8 @@ def primary_question(settings: Settings, width: int) -> str:
 
 
 def find_organizations(settings: Settings) -> dict[str, str]:
-    """Name by ID of every organization on the plan, the primary first. An unclear response is
-    an error, because a report on the primary alone could look complete."""
+    """Name by ID of every organization on the plan, the primary first. Raises ReportError
+    for an unclear response, because a report on the primary alone could look complete."""
 
     def parse(answer: Any) -> dict[str, str]:
         if not isinstance(answer["orgs"], list):
@@ -679,7 +686,9 @@ def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
             if not os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
                 raise BlockingIOError  # Another run has just removed the folder.
         except (BlockingIOError, PermissionError, FileNotFoundError):
-            raise ReportError("Another run is working on this export. Wait for it.") from None
+            raise ReportError(
+                "Another run is working on this export. Wait for it to finish."
+            ) from None
         except OSError as error:
             log.warning("Cannot lock %s (%s). Do not start another run.", file.name, error.strerror)
         interruption.folder = folder
@@ -696,7 +705,7 @@ def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
 
 
 def tidy_folder(folder: Path) -> None:
-    """Remove an export's folder, unless it holds an export, or cannot be read now."""
+    """Remove an export's folder if it is readable and holds no export."""
     with contextlib.suppress(OSError):
         if not load_export(folder).job_id:
             remove_folder(folder)
@@ -739,7 +748,7 @@ class Export:
 
 
 def load_export(folder: Path) -> Export:
-    """The export of an earlier run, if any. If a value is invalid, only its job ID is used."""
+    """The export of an earlier run, if any. If a value is invalid, only the job ID is used."""
     found = None
     for name in (STATE + ".new", STATE):  # the draft, if a run was killed just after the POST
         with contextlib.suppress(FileNotFoundError):
@@ -770,7 +779,7 @@ def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
 
 
 def resume_export(folder: Path, settings: Settings) -> Export:
-    """The export of an earlier run, or of --job-id; one without a job ID must be requested."""
+    """The export of an earlier run, or of --job-id. If it has no job ID, it must be requested."""
     export = load_export(folder)
     if not export.job_id:
         return Export(folder, settings.job_id)
@@ -785,11 +794,11 @@ def request_export(
     settings: Settings, body: Mapping[str, Any], folder: Path, interruption: Interruption
 ) -> Export:
     """Start an export job and save its ID. A POST with an unknown outcome may have started one, and
-    the API does not list exports. So it is sent at most once more."""
+    the API does not list exports. So it is repeated at most once."""
     draft = Export(folder, end=body["end"], polls=load_export(folder).polls)
     for path in folder.glob("part-*"):  # of the earlier job
         path.unlink()
-    draft.save()  # A full disk fails here, before anything is spent.
+    draft.save()  # If the disk is full, fail before an export is spent.
     interruption.advice = AGAIN
 
     def post() -> Export:
@@ -799,12 +808,13 @@ def request_export(
                 job_id = call_api(settings, settings.exports, parse_job_id, body)
             except RetryableError as error:
                 if error.sent:
-                    interruption.advice = MAY_HAVE_STARTED
+                    interruption.advice, interruption.repeatable = MAY_HAVE_STARTED, False
                 raise
             interruption.advice = f"Use --job-id {job_id} to collect the export."
+            interruption.repeatable = False
             export = replace(draft, job_id=job_id, requested_at=requested_at)
             export.save()
-            interruption.advice = KEPT % folder
+            interruption.advice, interruption.repeatable = KEPT % folder, True
         log.info("CircleCI started export job %s.", export.job_id)
         return export
 
@@ -817,8 +827,8 @@ def parse_job_id(answer: Any) -> str:
 
 # --- Waiting for the job ---
 
-# In a geometric series, the delay is the same share of any job's length. GET n is due FIRST_POLL *
-# GROWTH**n after the POST, and GET 10 an hour after GET 0 (FIRST_POLL * GROWTH**10 - FIRST_POLL).
+# With a geometric series, the delay is the same share of any job's length. GET n is due
+# FIRST_POLL * GROWTH**n after the POST, and GET 10 is due an hour after GET 0.
 GROWTH: float = (HOUR / FIRST_POLL + 1) ** (1 / GETS_PER_HOUR)
 
 
@@ -849,12 +859,12 @@ def parse_job(answer: Any) -> tuple[str, list[str]]:
 def poll_job(settings: Settings, export: Export, state: str) -> tuple[str, list[str]]:
     """Send the next GET when it is due. A 404 is retryable, because the job may be very new."""
     now = time.time()
-    set_back = max([now, *export.polls, export.requested_at or now]) - now  # of the clock
+    set_back = max([now, *export.polls, export.requested_at or now]) - now  # seconds, of the clock
     export.polls = [at - set_back for at in export.polls]
     export.requested_at = export.requested_at and export.requested_at - set_back
     due = next_poll(export.requested_at, export.polls, export.completed)
     sleep(due - now, f"Export: {state}{export.age()}. Next check in")
-    export.polls = [*export.polls, time.time()][-GETS_PER_HOUR:]
+    export.polls.append(time.time())
     export.save()  # before the GET, which counts even if this run is killed before the response
     try:
         return call_api(settings, f"{settings.exports}/{export.job_id}", parse_job)
@@ -873,7 +883,9 @@ def wait_for_links(settings: Settings, export: Export) -> list[str]:
     while left > 0:
         started = time.time()
         state, links = retry(partial(poll_job, settings, export, state))
-        left -= min(max(time.time() - started, 0), HOUR)  # A jump of the clock counts as an hour.
+        left -= min(
+            max(time.time() - started, 0), HOUR
+        )  # A jump of the clock counts as an hour at most.
         log.log(STEP, "Export: %s%s", state, export.age())
         export.completed = state == "completed" and bool(links)
         if export.completed:
@@ -922,7 +934,7 @@ def collect_parts(settings: Settings, export: Export) -> list[Path]:
     for _ in range(3):
         links = wait_for_links(settings, export)
         export.save()
-        # The names stay the same when the links are signed again.
+        # Without signatures, so that new links give the same names.
         paths = "\n".join(link.partition("?")[0] for link in links)
         stems = part_stems(len(links), hashlib.sha256(paths.encode()).hexdigest()[:12])
         pairs = enumerate(zip(links, stems), 1)
@@ -958,13 +970,13 @@ def download_parts(parts: Sequence[Part]) -> bool:
 def download_part(part: Part) -> bool:
     """Download and verify a part: length and gzip CRC-32. Returns False if its link has expired."""
     part.received, name = 0, f"Part {part.number}"
-    response = limited(name, ANSWER_SECONDS, send, part.link)
+    response = with_timeout(name, ANSWER_SECONDS, send, part.link)
     if response.status_code in (401, 403):  # CircleCI's links expire after 36 hours.
         return False
-    check_status(name, response, "The report needs every part.")
+    check_status(name, response, "the report needs every part.")
     response.raw.enforce_content_length = True  # urllib3 1.26 does not do this by default.
     part.length = response.raw.length_remaining
-    read = partial(limited, name, READ_SECONDS, response.raw.read, READ_BYTES, False)
+    read = partial(with_timeout, name, READ_SECONDS, response.raw.read, READ_BYTES, False)
     with new_file(part.stem) as file:
         for block in iter(read, b""):
             if not part.received and not block.startswith(GZIP):
@@ -979,7 +991,7 @@ def download_part(part: Part) -> bool:
         except DAMAGED_GZIP:
             raise RetryableError(f"{name} is damaged: invalid gzip data.") from None
         if rows is file and part.length is None and not response.raw.chunked:
-            raise RetryableError(f"{name} has no length, so it may be incomplete.")
+            raise RetryableError(f"{name} may be incomplete: the server did not send its size.")
     os.replace(part.stem, f"{part.stem}-{part.received}.csv.gz")
     flush_folder(part.stem.parent)
     log.debug("%s is complete: %d bytes", name, part.received)
@@ -988,7 +1000,9 @@ def download_part(part: Part) -> bool:
 
 def check_start(name: str, start: bytes) -> None:
     if start and not ROW_START.match(start):
-        raise RetryableError(f"{name} is not a CSV. It may be a web page or JSON.")
+        raise RetryableError(
+            f"{name} is not a CSV file. The server may have sent a web page or JSON."
+        )
 
 
 # --- Reading parts and rows, whatever their dialect ---
@@ -1041,19 +1055,19 @@ def read_rows(lines: Iterator[str], columns: int = 0, limit: int = 0) -> Iterato
             cells = [*text.split(separator, limit)[:limit], last]
         else:
             cells = text.split(separator) if usual else parse_row(line, lines, quoted)
-            quoted = quoted or not usual  # A backslash is a backslash from here on.
             if columns not in (0, len(cells)):
                 raise csv.Error(f"a row has {len(cells)} cells, but the header has {columns}")
             cells = [*cells[:limit], cells[-1]] if limit else cells
-        yield [unescape(cell, quoted) if "\\" in cell else cell for cell in cells]
+        escaped = usual and not quoted  # parse_row() removes the escapes.
+        yield [unescape(cell, escaped) if "\\" in cell else cell for cell in cells]
 
 
 @lru_cache(1 << 8)
-def unescape(cell: str, quoted: bool) -> str:
-    """A cell of an export without its escapes; empty if the value is missing."""
-    if cell == r"\N" or (cell == r"\\N" and not quoted):
+def unescape(cell: str, escaped: bool) -> str:
+    """A cell without its escapes; empty if the value is missing."""
+    if cell == r"\N" or (cell == r"\\N" and escaped):
         return ""
-    return cell if quoted else ESCAPE.sub(r"\1", cell.replace("\\\0", "\\,"))
+    return ESCAPE.sub(r"\1", cell.replace("\\\0", "\\,")) if escaped else cell
 
 
 def parse_row(line: str, more: Iterator[str], quoted: bool) -> list[str]:
@@ -1098,7 +1112,7 @@ def merge_parts(parts: Sequence[Path], report: BinaryIO, plain: bool) -> None:
 
 def merge_part(rows: Any, header: bytes, report: BinaryIO, plain: bool) -> bytes:
     """Write one part. Returns the header line, which is empty until a part has one. Raises
-    ValueError if the first line is not a header and does not fit it, csv.Error for other rows."""
+    ValueError if the first line is neither a header nor a row that fits, csv.Error for others."""
     line = rows.readline(MAX_ROW)
     line = line.removeprefix(BOM) if header or plain else line
     if line in (b"", BOM):
@@ -1121,17 +1135,16 @@ def merge_part(rows: Any, header: bytes, report: BinaryIO, plain: bool) -> bytes
         csv.writer(text_file).writerows(read_rows(read_lines(rows, line), len(cells)))
         text_file.detach()
         return header
-    report.write(line)
-    for line in iter(partial(rows.read, BLOCK), b""):
-        report.write(line)
-    if line and not line.endswith(b"\n"):
+    for block in chain([line], iter(partial(rows.read, BLOCK), b"")):
+        report.write(block)
+    if block and not block.endswith(b"\n"):
         report.write(b"\r\n" if header.endswith(b"\r\n") else b"\n")
     return header
 
 
 def publish_report(export: Export, label: str, plain: bool) -> Path:
     """Move the merged file into place atomically, never over another file. Returns its path."""
-    report, moment = export.folder, time.time()  # a name that is taken, to start with
+    report, moment = export.folder, time.time()  # The folder's own name is taken.
     while report.exists():
         stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(moment))
         report, moment = export.folder.with_name(f"all_orgs_{stamp}_{label}.csv"), moment + 1
@@ -1218,9 +1231,9 @@ def show_request(settings: Settings, organizations: Mapping[str, str], width: in
     log.info("Usage from %s to %s (UTC), %s", first, last, count)
     rows = [["ORGANIZATION", "ID"], *([name or "-", key] for key, name in organizations.items())]
     log.log(TABLE, "%s", format_table(rows, 2, width))
-    refreshed = time.strftime("%Y-%m-%d", time.gmtime(time.time() - REFRESH_HOURS * 3600))
-    if refreshed <= last:
-        log.warning("Usage from %s on may not be complete yet.", max(first, refreshed))
+    first_incomplete = time.strftime("%Y-%m-%d", time.gmtime(time.time() - REFRESH_HOURS * 3600))
+    if first_incomplete <= last:
+        log.warning("Usage may be incomplete from %s on.", max(first, first_incomplete))
 
 
 def obtain_parts(
@@ -1262,8 +1275,8 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
     with open_folder(folder, interruption):
         export = resume_export(folder, settings)
         interruption.advice = KEPT % folder if export.job_id else AGAIN
-        report = settings.output / (export.report if export.plain == args.plain else "")
-        if not report.is_file():  # No earlier run has published it.
+        report = settings.output / export.report
+        if not report.is_file() or export.plain != args.plain:  # No earlier run has published it.
             request = partial(request_export, settings, body, folder, interruption)
             export, parts = obtain_parts(settings, export, request)
             with new_file(folder / MERGED) as file:
@@ -1304,7 +1317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         code, text = FAILED, f"Unexpected error: {clean(repr(error))}. Use --verbose for details."
         log.debug("%s", traceback.format_exc())
-    if not interruption.advice.endswith(AGAIN):
+    if not interruption.repeatable:
         code = FAILED  # so that no cron job repeats it
     if code == UNFINISHED or interruption.advice != AGAIN:
         text += f" {interruption.advice}"

@@ -177,19 +177,19 @@ def test_every_form_of_a_part_is_accepted(fake, run, output, answer):
         pytest.param(
             Answer(b"<html>Log in</html>"),
             1,
-            "is not a CSV. It may be a web page",
+            "is not a CSV file. The server may have sent a web page",
             id="HTML",
         ),
         pytest.param(
             Answer(PARTS[1], length=False),
             1,
-            "it may be incomplete",
+            "may be incomplete: the server",
             id="not compressed and no length",
         ),
         pytest.param(
             problem(404, "?"),
             1,
-            "failed with 404: The report needs every part",
+            "failed with 404: the report needs every part",
             id="404",
         ),
         pytest.param(
@@ -306,7 +306,9 @@ def test_a_first_line_that_never_ends_is_refused_in_bounded_memory(fake, run):
     line = Answer(b"x" * (1 << 16), chunked=True, endless=True)
     fake.parts = [[FIRST], [line, GOOD], [LAST]]
     result = run()
-    assert result.code == 0 and "is not a CSV. It may be a web page" in result.err
+    assert (
+        result.code == 0 and "is not a CSV file. The server may have sent a web page" in result.err
+    )
     assert result.report.read_bytes() == WHOLE
 
 

@@ -461,7 +461,7 @@ def serve_tls(folder: Path) -> str:
 
 NETWORK = [
     ("host not found", False, "host not found. Check the network"),
-    ("port closed", False, "cannot connect to its port. Check CIRCLECI_BASE_URL"),
+    ("port closed", False, "cannot connect to the port. Check CIRCLECI_BASE_URL"),
     ("proxy not running", False, "cannot use the proxy in HTTPS_PROXY"),
     ("proxy refuses", False, "cannot use the proxy in HTTPS_PROXY"),
     ("SOCKS", False, "cannot use the proxy in HTTPS_PROXY"),
@@ -551,7 +551,7 @@ def test_a_request_counts_as_sent_unless_there_was_no_connection(error, sent):
         raise error
 
     with pytest.raises(usage_report.RetryableError) as raised:
-        usage_report.limited("POST", 60, fail)
+        usage_report.with_timeout("POST", 60, fail)
     assert raised.value.sent is sent
 
 
