@@ -311,6 +311,17 @@ def test_a_resumed_run_counts_from_the_post_and_polls_at_once(fake, run, clock):
     assert len(fake.requests("POST")) == 1
 
 
+def test_a_job_of_unknown_age_is_polled_every_6_minutes_after_an_hour(fake, run, clock, output):
+    fake.job_seconds = 4 * 3600
+    crash_after(5, clock, run)
+    (job_id,) = fake.jobs
+    (state,) = output.glob(".export-*/state.json")
+    state.write_text(f'{{"job_id": "{job_id}"}}')
+    assert run().code == 0
+    times = get_times(fake)
+    assert len(times) > 30 and {round(b - a) for a, b in zip(times[11:], times[12:])} == {362}
+
+
 def test_polls_of_the_killed_run_count(fake, run, clock):
     """Ten runs, each killed just after its GET, leave none for the hour."""
     fake.job_seconds = 3000
