@@ -257,8 +257,8 @@ MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you c
 
 @dataclass
 class Interruption:
-    """Ctrl-C, SIGTERM, and SIGHUP end the process at once, with a message. What the next run needs
-    is already on disk. An exception could be swallowed by a library."""
+    """Ctrl-C, SIGTERM, and SIGHUP end the process at once, with a message: what the next run needs
+    is already on disk, and an exception could be swallowed by a library."""
 
     console: Console
     folder: Path | None = None  # of the export, once this run has locked it
@@ -984,13 +984,13 @@ def download_part(part: Part) -> bool:
             part.received += file.write(block)
         file.seek(0)
         try:
-            rows = decompress(file)
-            check_start(name, rows.readline(MAX_ROW))
-            while rows.read(BLOCK):
+            content = decompress(file)
+            check_start(name, content.readline(MAX_ROW))
+            while content.read(BLOCK):
                 pass
         except DAMAGED_GZIP:
             raise RetryableError(f"{name} is damaged: invalid gzip data.") from None
-        if rows is file and part.length is None and not response.raw.chunked:
+        if content is file and part.length is None and not response.raw.chunked:
             raise RetryableError(f"{name} may be incomplete: the server did not send its size.")
     os.replace(part.stem, f"{part.stem}-{part.received}.csv.gz")
     flush_folder(part.stem.parent)
@@ -1110,10 +1110,10 @@ def merge_parts(parts: Sequence[Path], report: BinaryIO, plain: bool) -> None:
         raise NothingToCollect("The export has no rows: no usage in this window.", NO_USAGE)
 
 
-def merge_part(rows: Any, header: bytes, report: BinaryIO, plain: bool) -> bytes:
+def merge_part(content: Any, header: bytes, report: BinaryIO, plain: bool) -> bytes:
     """Write one part. Returns the header line, which is empty until a part has one. Raises
     ValueError if the first line is neither a header nor a row that fits, csv.Error for others."""
-    line = rows.readline(MAX_ROW)
+    line = content.readline(MAX_ROW)
     line = line.removeprefix(BOM) if header or plain else line
     if line in (b"", BOM):
         return header
@@ -1132,10 +1132,10 @@ def merge_part(rows: Any, header: bytes, report: BinaryIO, plain: bool) -> bytes
         raise ValueError(f"has {len(cells)} columns, part 1 has {len(columns)}: {text}")
     if plain:
         text_file = io.TextIOWrapper(report, "utf-8", newline="")
-        csv.writer(text_file).writerows(read_rows(read_lines(rows, line), len(cells)))
+        csv.writer(text_file).writerows(read_rows(read_lines(content, line), len(cells)))
         text_file.detach()
         return header
-    for block in chain([line], iter(partial(rows.read, BLOCK), b"")):
+    for block in chain([line], iter(partial(content.read, BLOCK), b"")):
         report.write(block)
     if block and not block.endswith(b"\n"):
         report.write(b"\r\n" if header.endswith(b"\r\n") else b"\n")
