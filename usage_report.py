@@ -356,7 +356,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # Values are not shown: one may be a misplaced token.
-        flags = clean(" ".join(word.split("=")[0] for word in unknown if word.startswith("-")))
+        flags = " ".join(re.findall("^--[a-z0-9-]+(?=$|=)", "\n".join(unknown), re.MULTILINE))
         text = f"Unknown argument: {flags or 'a value without a flag'}."
         parser.error(f"{text} Use flags such as --period last-month; --help lists them.")
     return args
@@ -377,8 +377,9 @@ def load_settings(args: argparse.Namespace) -> Settings:
     values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
     values = {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
     token, job_id = values["CIRCLE_TOKEN"], args.job_id.lower()
-    how = "Create one (CCIPAT_...) in CircleCI under User Settings > Personal API Tokens."
-    require(token not in ("", PLACEHOLDER), f"CIRCLE_TOKEN is not set in {env_file}. {how}")
+    text = f"CIRCLE_TOKEN is not set in the environment or {env_file}. Create one (CCIPAT_...)"
+    text = f"{text} in CircleCI under User Settings > Personal API Tokens."
+    require(token not in ("", PLACEHOLDER), text)
     SECRETS.add(token)
     for name, (pattern, text, example) in VARIABLES.items():
         valid = re.fullmatch(f"({pattern})?", values[name], re.IGNORECASE | re.DOTALL)
@@ -392,7 +393,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
     text = f"Cannot write to {output}. Use --output-dir with another folder, such as reports."
-    require(output.is_dir() and os.access(output, os.W_OK | os.X_OK), text)
+    require(os.path.isdir(output) and os.access(output, os.W_OK | os.X_OK), text)
     primary = values["PRIMARY_ORG_ID"].lower()
     base_url = (values["CIRCLECI_BASE_URL"] or "https://circleci.com").lower().rstrip("/")
     shared = re.findall(ID_PATTERN, values["SHARED_ORG_IDS"].lower())
@@ -468,13 +469,14 @@ WORKERS = concurrent.futures.ThreadPoolExecutor(100)
 # A pattern in the exception, whether the request may have been sent, and the text for the user. A
 # request counts as not sent only if there was no connection.
 FAILURES = (
-    ("Connection (aborted|broken)", True, "connection lost"),
+    ("Connection (aborted|broken)|^ContentDecoding", True, "connection lost"),
     ("^TimeoutError|Read timed out", True, "no complete response in time"),
     ("CERTIFICATE_VERIFY|CA certificate", False, "untrusted certificate. Check REQUESTS_CA_BUNDLE"),
     ("for SOCKS|ProxyError.*(NewC|NameR|Tunnel)", False, "cannot use the proxy in HTTPS_PROXY"),
     ("NameResolution|getaddrinfo", False, "host not found. Check the network"),
     ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
-    ("NewConnection", False, "cannot connect to the port. Check CIRCLECI_BASE_URL"),
+    ("NewConnection.*refused", False, "the port is closed. Check CIRCLECI_BASE_URL"),
+    ("NewConnection", False, "cannot connect. Check the network"),
     ("", True, "connection lost"),
 )
 
@@ -489,17 +491,6 @@ def with_timeout(what: str, seconds: float, action: Callable[..., T], *arguments
         text = f"{type(error).__name__} {error!r} {error}"
         sent, reason = next(row[1:] for row in FAILURES if re.search(row[0], text))
         raise RetryableError(f"{what} failed: {reason}.", UNFINISHED, sent=sent) from None
-
-
-def check_status(what: str, response: requests.Response, details: str) -> None:
-    """Raises RetryableError or ReportError unless the request succeeded."""
-    status = response.status_code
-    text = f"{what} failed with {status}: {details}"
-    if status in (408, 429) or status >= 500:
-        wait = rate_limit_seconds(response.headers) if status == 429 else None
-        raise RetryableError(text, UNFINISHED, sent=status != 429, wait=wait)
-    if status not in (200, 201, 202):
-        raise ReportError(text, status=status)
 
 
 def send(url: str, token: str = "", body: object = None) -> requests.Response:
@@ -584,13 +575,18 @@ def call_api(settings: Settings, path: str, parse: Callable[[Any], T], body: obj
             return response, content
 
     response, content = with_timeout(what, ANSWER_SECONDS, exchange)
-    log.debug("%s: %d after %.1f s", what, response.status_code, time.time() - started)
+    status = response.status_code
+    log.debug("%s: %d after %.1f s", what, status, time.time() - started)
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(content)
     message = answer.get("message") if isinstance(answer, dict) else None
-    message = clean(message or response.reason).rstrip(".")
-    step = NEXT_STEPS.get(response.status_code, "")
-    check_status(what, response, f"{message}. {step}".strip())
+    message = clean(message or response.reason or "no message").rstrip(".")
+    text = f"{what} failed with {status}: {message}. {NEXT_STEPS.get(status, '')}".strip()
+    if status in (408, 429) or status >= 500:
+        wait = rate_limit_seconds(response.headers) if status == 429 else None
+        raise RetryableError(text, UNFINISHED, sent=status != 429, wait=wait)
+    if not 200 <= status < 300:
+        raise ReportError(text, status=status)
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         return parse(answer)
     raise RetryableError(f"{what} returned unexpected data. Check for a proxy or login page.")
@@ -760,7 +756,7 @@ def load_export(folder: Path) -> Export:
         export = Export(folder, **{**json.loads(found.string), "job_id": found[1].lower()})
         times = [*export.polls, export.requested_at or 1]
         valid = all(type(at) in (int, float) and 0 < at < time.time() + 86400 for at in times)
-        datetime.strptime(export.end or "2000-01-01T00:00:00Z", ISO)
+        datetime.strptime("2000-01-01T00:00:00Z" if export.end == "" else export.end, ISO)
         if valid and re.fullmatch(r"(all_orgs_[\w-]{1,200}\.csv)?", export.report):
             return export
     return Export(folder, found[1].lower())
@@ -971,9 +967,13 @@ def download_part(part: Part) -> bool:
     """Download and verify a part: length and gzip CRC-32. Returns False if its link has expired."""
     part.received, name = 0, f"Part {part.number}"
     response = with_timeout(name, ANSWER_SECONDS, send, part.link)
-    if response.status_code in (401, 403):  # CircleCI's links expire after 36 hours.
+    status = response.status_code
+    if status in (401, 403):  # CircleCI's links expire after 36 hours.
         return False
-    check_status(name, response, "the report needs every part.")
+    if status in (408, 429) or status >= 500:
+        raise RetryableError(f"{name} failed with {status}.", UNFINISHED)
+    if status != 200:
+        raise ReportError(f"{name} failed with {status}. The report needs every part.")
     response.raw.enforce_content_length = True  # urllib3 1.26 does not do this by default.
     part.length = response.raw.length_remaining
     read = partial(with_timeout, name, READ_SECONDS, response.raw.read, READ_BYTES, False)
@@ -1012,7 +1012,7 @@ DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
 COLUMN_NAME = re.compile(r"\w+( \w+)*", re.ASCII)
 ROW_START = re.compile(rb'(\xef\xbb\xbf)?["\\\w][^\x00-\x08\x0e-\x1f]*,')
 QUOTED_CELL = re.compile(r'(?:^|(?<!\\),)"')
-MISSING = re.compile(r"(?:^|(?<=,))\\N(?=[,\r\n]|$)")
+ESCAPED_CELL = re.compile(r"([^\\,]*(?:\\.[^\\,]*)*),", re.DOTALL)
 ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
@@ -1054,28 +1054,36 @@ def read_rows(lines: Iterator[str], columns: int = 0, limit: int = 0) -> Iterato
             last = text[text.rindex(separator) + len(separator) :]
             cells = [*text.split(separator, limit)[:limit], last]
         else:
-            cells = text.split(separator) if usual else parse_row(line, lines, quoted)
+            cells = text.split(separator) if usual else split_row(line, lines, quoted)
             if columns not in (0, len(cells)):
                 raise csv.Error(f"a row has {len(cells)} cells, but the header has {columns}")
             cells = [*cells[:limit], cells[-1]] if limit else cells
-        escaped = usual and not quoted  # parse_row() removes the escapes.
-        yield [unescape(cell, escaped) if "\\" in cell else cell for cell in cells]
+        yield [unescape(cell, quoted) if "\\" in cell else cell for cell in cells]
 
 
 @lru_cache(1 << 8)
-def unescape(cell: str, escaped: bool) -> str:
+def unescape(cell: str, quoted: bool) -> str:
     """A cell without its escapes; empty if the value is missing."""
-    if cell == r"\N" or (cell == r"\\N" and escaped):
+    if cell == r"\N" or (cell == r"\\N" and not quoted):
         return ""
-    return ESCAPE.sub(r"\1", cell.replace("\\\0", "\\,")) if escaped else cell
+    return cell if quoted else ESCAPE.sub(r"\1", cell.replace("\\\0", "\\,"))
 
 
-def parse_row(line: str, more: Iterator[str], quoted: bool) -> list[str]:
-    """The cells of any row, without escapes. Takes more lines if a cell has line breaks."""
+def split_row(line: str, more: Iterator[str], quoted: bool) -> list[str]:
+    """The cells of any row, still escaped. Takes more lines if a quote or an escape is open."""
     if quoted:
         return next(csv.reader(chain([line], more), strict=True))
-    lines = (MISSING.sub(r"\\\\N", line) for line in chain([line], more))
-    return next(csv.reader(lines, quoting=csv.QUOTE_NONE, escapechar="\\", strict=True))
+    lines, size = [line], len(line)
+    while True:
+        content = lines[-1].removesuffix("\n").removesuffix("\r")
+        if (len(content) - len(content.rstrip("\\"))) % 2 == 0:
+            break
+        lines.append(next(more, ""))
+        size += len(lines[-1])
+        if not lines[-1] or size > MAX_ROW:
+            raise csv.Error("a backslash at the end, or a row that is too long")
+    content = "".join([*lines[:-1], content])
+    return ESCAPED_CELL.findall(content + ",")
 
 
 def parse_line(line: bytes) -> tuple[str, ...]:
@@ -1244,7 +1252,7 @@ def obtain_parts(
     log.info("This can take up to 4 hours. Ctrl-C is safe: run the same command to resume.")
     try:
         return export, collect_parts(settings, export)
-    except RetryableError as error:
+    except ReportError as error:
         if error.status != 404 or (settings.job_id and export.requested_at):
             raise  # With --job-id, the folder of the run that requested the job stays.
         if settings.primary not in (row[2].lower() for row in list_collaborations(settings)):

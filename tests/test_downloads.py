@@ -189,7 +189,7 @@ def test_every_form_of_a_part_is_accepted(fake, run, output, answer):
         pytest.param(
             problem(404, "?"),
             1,
-            "failed with 404: the report needs every part",
+            "failed with 404. The report needs every part",
             id="404",
         ),
         pytest.param(
@@ -198,8 +198,12 @@ def test_every_form_of_a_part_is_accepted(fake, run, output, answer):
             "failed with 302",
             id="redirect",
         ),
-        pytest.param(problem(204, "?"), 1, "failed with 204", id="204"),
+        *(
+            pytest.param(Answer(b"", status), 1, f"failed with {status}", id=f"an empty {status}")
+            for status in (201, 202, 204, 206)
+        ),
         pytest.param(problem(503, "?"), 75, "failed with 503", id="503"),
+        pytest.param(problem(429, "?"), 75, "failed with 429", id="429"),
         pytest.param(problem(403, "?"), 1, "Downloads still fail with new links.", id="403"),
         pytest.param(
             Answer(GZIPPED[1], cut=99),

@@ -140,6 +140,7 @@ DAMAGE = [
     pytest.param(fields(completed="yes"), id="completed is a text"),
     pytest.param(fields(completed=True), id="completed too early"),
     pytest.param(fields(end=7), id="an end that is a number"),
+    pytest.param(fields(end=None), id="an end that is null"),
     pytest.param(fields(end="someday"), id="an end that is not a time"),
     pytest.param(fields(end="2026-09-99T99:99:99Z"), id="an end that does not exist"),
     pytest.param(fields(report=["x"]), id="a report that is a list"),

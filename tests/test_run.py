@@ -273,6 +273,11 @@ def late(status: int) -> Answer:
         pytest.param(in_json({"usage_export_job_id": 7}, 201), id="a number as ID"),
         pytest.param(in_json({"usage_export_job_id": "../x"}, 201), id="a path as ID"),
         pytest.param(in_json([], 201), id="a list"),
+        pytest.param(Answer(b"", 204, late=True), id="204"),
+        pytest.param(
+            Answer(b"{}", 201, headers={"Content-Encoding": "gzip, getaddrinfo"}, late=True),
+            id="an encoding that reads like a network error",
+        ),
         pytest.param(HTML, id="HTML"),
         pytest.param(Answer(b'{"usage_export_job_id": "', 201), id="JSON that is cut off"),
         pytest.param(Answer(b"{}", 201, cut=1), id="a body that is cut off"),
@@ -461,7 +466,7 @@ def serve_tls(folder: Path) -> str:
 
 NETWORK = [
     ("host not found", False, "host not found. Check the network"),
-    ("port closed", False, "cannot connect to the port. Check CIRCLECI_BASE_URL"),
+    ("port closed", False, "the port is closed. Check CIRCLECI_BASE_URL"),
     ("proxy not running", False, "cannot use the proxy in HTTPS_PROXY"),
     ("proxy refuses", False, "cannot use the proxy in HTTPS_PROXY"),
     ("SOCKS", False, "cannot use the proxy in HTTPS_PROXY"),

@@ -35,10 +35,16 @@ def case(id: str, message: str, *arguments: str, **variables: str | None):
 
 INVALID = [
     case(
-        "no token", r"CIRCLE_TOKEN is not set in .*\.env\. Create one .CCIPAT_", CIRCLE_TOKEN=None
+        "no token",
+        r"CIRCLE_TOKEN is not set in the environment or .*\.env\. Create one .CCIPAT_",
+        CIRCLE_TOKEN=None,
     ),
-    case("blank token", "CIRCLE_TOKEN is not set", CIRCLE_TOKEN="  "),
-    case("placeholder", "CIRCLE_TOKEN is not set", CIRCLE_TOKEN=usage_report.PLACEHOLDER),
+    case("blank token", "CIRCLE_TOKEN is not set in the environment", CIRCLE_TOKEN="  "),
+    case(
+        "placeholder",
+        "CIRCLE_TOKEN is not set in the environment",
+        CIRCLE_TOKEN=usage_report.PLACEHOLDER,
+    ),
     case("token with a blank", "CIRCLE_TOKEN must be a personal API token", CIRCLE_TOKEN="abc def"),
     case(
         "token not in ASCII", "CIRCLE_TOKEN must be a personal API token", CIRCLE_TOKEN="abc\u20ac"
@@ -132,6 +138,7 @@ INVALID = [
         *["--output-dir", os.devnull],
     ),
     case("output is a program", "Cannot write to ", "--output-dir", sys.executable),
+    case("output with a name that is too long", "Cannot write to ", "--output-dir", "x" * 300),
     case("output inside a device", "Cannot write to ", "--output-dir", f"{os.devnull}/x"),
     case(
         "missing env file",
@@ -202,6 +209,8 @@ def test_periods_in_messages_are_valid_today(run, clock, today, wrong):
         pytest.param(["--period", TOKEN], {}, id="--period"),
         pytest.param(["--job-id", TOKEN], {}, id="--job-id"),
         pytest.param([f"--token={TOKEN}"], {}, id="a flag that does not exist"),
+        pytest.param([f"-t{TOKEN}", "--x"], {}, id="a short flag that does not exist"),
+        pytest.param([f"--{TOKEN}"], {}, id="as a flag"),
     ],
 )
 def test_a_token_in_the_wrong_place_is_not_shown(run, arguments, variables):
@@ -428,7 +437,7 @@ def test_the_current_folder_does_not_matter(fake, run, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / ".env").write_text("CIRCLE_TOKEN=of-another-folder\n")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert "CIRCLE_TOKEN is not set" in run(CIRCLE_TOKEN=None).err
+    assert "CIRCLE_TOKEN is not set in the environment" in run(CIRCLE_TOKEN=None).err
     result = run("--output-dir", "")
     assert result.report.parent == tmp_path / "usage_reports"
 
