@@ -275,7 +275,7 @@ def late(status: int) -> Answer:
         pytest.param(in_json([], 201), id="a list"),
         pytest.param(Answer(b"", 204, late=True), id="204"),
         pytest.param(
-            Answer(b"{}", 201, headers={"Content-Encoding": "gzip, getaddrinfo"}, late=True),
+            Answer(b"not gzip", 201, headers={"Content-Encoding": "gzip, getaddrinfo"}, late=True),
             id="an encoding that reads like a network error",
         ),
         pytest.param(HTML, id="HTML"),
