@@ -37,6 +37,7 @@ import calendar
 import concurrent.futures
 import contextlib
 import csv
+import difflib
 import errno
 import gzip
 import hashlib
@@ -107,7 +108,7 @@ PARALLEL_DOWNLOADS = 6
 BLOCK = 1 << 20
 MAX_ROW = 1 << 20
 MAX_TEXT = 300  # characters shown of external text
-MAX_PROJECTS = 10  # shown in the summary
+MAX_LISTED = 10  # organizations or projects
 
 FAILED, INVALID, NO_USAGE, UNFINISHED = 1, 2, 3, 75  # exit codes
 PLACEHOLDER = "your-personal-api-token"  # CIRCLE_TOKEN in .env.example
@@ -251,7 +252,7 @@ class Console(logging.Handler):
 # --- Signals ---
 
 AGAIN = "Run the same command again."
-KEPT = f"The export is kept in %s. {AGAIN}"
+COLLECT = "CircleCI keeps working on the export. Run the same command to collect it."
 MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you can spend another."
 
 
@@ -314,6 +315,7 @@ VARIABLES = {  # pattern, description, and example
 
 class Settings(NamedTuple):
     token: str
+    token_source: str  # "the environment" or the path of .env
     base_url: str
     output: Path
     primary: str  # organization ID; empty: list the choices
@@ -356,9 +358,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # Values are not shown: one may be a misplaced token.
-        flags = " ".join(re.findall("^--[a-z0-9-]+(?=$|=)", "\n".join(unknown), re.MULTILINE))
-        text = f"Unknown argument: {flags or 'a value without a flag'}."
-        parser.error(f"{text} Use flags such as --period last-month; --help lists them.")
+        word, shown = unknown[0].lstrip("-"), re.match("--[a-z0-9-]+(?=$|=)", unknown[0])
+        flags = ["--" + name.replace("_", "-") for name in vars(args)]
+        similar = (difflib.get_close_matches(unknown[0].split("=")[0], flags, 1) or ["--help"])[0]
+        similar = f"--period {word}" if re.fullmatch(PERIOD, word) else similar
+        parser.error(f"unknown argument{f' {shown[0]}' if shown else ''}. Did you mean {similar}?")
     return args
 
 
@@ -375,10 +379,11 @@ def load_settings(args: argparse.Namespace) -> Settings:
     # No interpolation: a $ in a value is a $.
     in_file = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
     values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
+    source = "the environment" if values["CIRCLE_TOKEN"] else str(env_file)
     values = {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
     token, job_id = values["CIRCLE_TOKEN"], args.job_id.lower()
-    text = f"CIRCLE_TOKEN is not set in the environment or {env_file}. Create one (CCIPAT_...)"
-    text = f"{text} in CircleCI under User Settings > Personal API Tokens."
+    text = f"CIRCLE_TOKEN is not set in {source}. Create a token (CCIPAT_...) in CircleCI"
+    text = f"{text} under User Settings > Personal API Tokens."
     require(token not in ("", PLACEHOLDER), text)
     SECRETS.add(token)
     for name, (pattern, text, example) in VARIABLES.items():
@@ -400,7 +405,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
     given = args.start or args.end or args.period  # validated even with --job-id
     window = choose_window(args, values) if given or (primary and not job_id) else ()
     window = () if job_id else window
-    return Settings(token, base_url, output, primary, shared, job_id, *window)
+    return Settings(token, source, base_url, output, primary, shared, job_id, *window)
 
 
 def months_back(day: date, months: int) -> date:
@@ -471,8 +476,10 @@ WORKERS = concurrent.futures.ThreadPoolExecutor(100)
 FAILURES = (
     ("Connection (aborted|broken)|^ContentDecoding", True, "connection lost"),
     ("^TimeoutError|Read timed out", True, "no complete response in time"),
-    ("CERTIFICATE_VERIFY|CA certificate", False, "untrusted certificate. Check REQUESTS_CA_BUNDLE"),
-    ("for SOCKS|ProxyError.*(NewC|NameR|Tunnel)", False, "cannot use the proxy in HTTPS_PROXY"),
+    ("CA certificate bundle", False, "CA bundle not found. Check REQUESTS_CA_BUNDLE"),
+    ("for SOCKS", False, "SOCKS support is missing. Set HTTPS_PROXY to an http:// proxy"),
+    ("ProxyError.*(NewConn|NameRes|Tunnel)", False, "cannot use the proxy. Check HTTPS_PROXY"),
+    ("CERTIFICATE_VERIFY", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
     ("NameResolution|getaddrinfo", False, "host not found. Check the network"),
     ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
     ("NewConnection.*refused", False, "the port is closed. Check CIRCLECI_BASE_URL"),
@@ -550,12 +557,17 @@ def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) -> T:
         sleep(pause, "Retrying in")
 
 
-NEXT_STEPS = {
-    400: f"Use at most {MAX_WINDOW_DAYS} days of the last {HISTORY_MONTHS} months.",
-    401: "CIRCLE_TOKEN is invalid or expired. Replace it. (The environment overrides .env.)",
-    403: "Use the token of an organization admin.",
-    404: "Check PRIMARY_ORG_ID, SHARED_ORG_IDS, and --job-id, and that the token has access.",
-}
+def next_step(settings: Settings, status: int) -> str:
+    """What to do about an HTTP error; "" if there is nothing special."""
+    used = ["PRIMARY_ORG_ID"] + ["SHARED_ORG_IDS"] * bool(settings.shared)
+    used += ["--job-id"] * bool(settings.job_id)
+    steps = {
+        400: f"Use at most {MAX_WINDOW_DAYS} days of the last {HISTORY_MONTHS} months.",
+        401: f"CIRCLE_TOKEN in {settings.token_source} is invalid or expired. Replace it.",
+        403: "Use the token of an organization admin.",
+        404: f"Check {' and '.join(used)}. The owner of CIRCLE_TOKEN must have access.",
+    }
+    return steps.get(status, "")
 
 
 def call_api(settings: Settings, path: str, parse: Callable[[Any], T], body: object = None) -> T:
@@ -581,7 +593,7 @@ def call_api(settings: Settings, path: str, parse: Callable[[Any], T], body: obj
         answer = json.loads(content)
     message = answer.get("message") if isinstance(answer, dict) else None
     message = clean(message or response.reason or "no message").rstrip(".")
-    text = f"{what} failed with {status}: {message}. {NEXT_STEPS.get(status, '')}".strip()
+    text = f"{what} failed with {status}: {message}. {next_step(settings, status)}".strip()
     if status in (408, 429) or status >= 500:
         wait = rate_limit_seconds(response.headers) if status == 429 else None
         raise RetryableError(text, UNFINISHED, sent=status != 429, wait=wait)
@@ -615,8 +627,10 @@ def primary_question(settings: Settings, width: int) -> str:
     rows = list_collaborations(settings)
     if not rows:
         raise ReportError("The owner of CIRCLE_TOKEN has no organizations. Use another token.")
-    text = "PRIMARY_ORG_ID is not set. Set it to the ID of the organization that owns the plan:"
-    return f"{text}\n{format_table([['NAME', 'SLUG', 'ID'], *rows], 3, width)}"
+    table = format_table([["NAME", "SLUG", "ID"], *rows], 3, width)
+    several = len(rows) > 1
+    question = "Which organization owns the plan?" if several else "You have one organization."
+    return f"{question} Set PRIMARY_ORG_ID to its ID and run the same command again.\n{table}"
 
 
 def find_organizations(settings: Settings) -> dict[str, str]:
@@ -810,7 +824,7 @@ def request_export(
             interruption.repeatable = False
             export = replace(draft, job_id=job_id, requested_at=requested_at)
             export.save()
-            interruption.advice, interruption.repeatable = KEPT % folder, True
+            interruption.advice, interruption.repeatable = COLLECT, True
         log.info("CircleCI started export job %s.", export.job_id)
         return export
 
@@ -1223,7 +1237,7 @@ def show_summary(
     titles = ["ROWS", "CREDITS", "SHARE"]
     rows = [["ORGANIZATION", *titles, ""], *tables[1], ["Total", *tables[0][0]]]
     log.log(TABLE, "%s", format_table(rows, 1, width))
-    rows = [["PROJECT", "ORGANIZATION", *titles], *(row[:5] for row in tables[2][:MAX_PROJECTS])]
+    rows = [["PROJECT", "ORGANIZATION", *titles], *(row[:5] for row in tables[2][:MAX_LISTED])]
     log.log(TABLE, "%s", format_table(rows, 2, width))
     size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
     log.info("%s rows, %s, %s", tables[0][0][0], size, duration)
@@ -1240,7 +1254,9 @@ def show_request(settings: Settings, organizations: Mapping[str, str], width: in
     count = f"{len(organizations)} organization{'s' * (len(organizations) > 1)}"
     log.info("Usage from %s to %s (UTC), %s", first, last, count)
     rows = [["ORGANIZATION", "ID"], *([name or "-", key] for key, name in organizations.items())]
-    log.log(TABLE, "%s", format_table(rows, 2, width))
+    log.log(TABLE, "%s", format_table(rows[: MAX_LISTED + 1], 2, width))
+    if len(organizations) > MAX_LISTED:
+        log.info("... and %d more", len(organizations) - MAX_LISTED)
     first_incomplete = time.strftime("%Y-%m-%d", time.gmtime(time.time() - REFRESH_HOURS * 3600))
     if first_incomplete <= last:
         log.warning("Usage may be incomplete from %s on.", max(first, first_incomplete))
@@ -1270,7 +1286,8 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
     """The steps of a run. Returns the exit code. Raises ReportError or OSError."""
     started, settings = time.time(), load_settings(args)
     if not settings.primary:
-        raise ReportError(primary_question(settings, console.width()), INVALID)
+        log.critical("%s", primary_question(settings, console.width()))
+        return INVALID
     name, login = get(settings, "/api/v2/me", lambda me: (me.get("name"), me["login"].strip()))
     log.info("Signed in as %s (%s).", clean(name or "-"), clean(login))
     organizations = {} if settings.job_id else find_organizations(settings)
@@ -1284,7 +1301,7 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
     folder = find_folder(settings, organizations)
     with open_folder(folder, interruption):
         export = resume_export(folder, settings)
-        interruption.advice = KEPT % folder if export.job_id else AGAIN
+        interruption.advice = COLLECT if export.job_id else AGAIN
         report = settings.output / export.report
         if not report.is_file() or export.plain != args.plain:  # No earlier run has published it.
             request = partial(request_export, settings, body, folder, interruption)
@@ -1329,7 +1346,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.debug("%s", traceback.format_exc())
     if not interruption.repeatable:
         code = FAILED  # so that no cron job repeats it
-    if code == UNFINISHED or interruption.advice != AGAIN:
+    if interruption.advice == COLLECT:
+        text += f" The export is kept in {interruption.folder}. Run the same command to resume."
+    elif code == UNFINISHED or interruption.advice != AGAIN:
         text += f" {interruption.advice}"
     log.error("%s", text)
     return code

@@ -64,12 +64,15 @@ def test_before_waiting_a_line_says_how_long_and_that_ctrl_c_is_safe(run):
     assert err.index("started export job") < fixed < err.index("Export: processing")
 
 
-def test_all_organizations_are_shown(fake, run):
-    fake.organizations.update({str(uuid.UUID(int=n)): f"Org {n}." for n in range(4, 301)})
+@pytest.mark.parametrize("count", [10, 11, 300])
+def test_hundreds_of_organizations_are_a_count_and_the_first_ten(fake, run, count):
+    fake.organizations.update({str(uuid.UUID(int=n)): f"Org {n}." for n in range(4, count + 1)})
     result = run("--dry-run")
-    assert "(UTC), 300 organizations" in result.err
+    assert f"(UTC), {count} organizations" in result.err
     table = result.err.partition("Dry run")[0]
-    assert len(re.findall(r"Z \S.* {2}[0-9a-f]{8}-", table)) == 300
+    assert len(re.findall(r"Z \S.* {2}[0-9a-f]{8}-", table)) == 10
+    more = re.findall(r"\.\.\. and (\d+) more", table)
+    assert more == ([str(count - 10)] if count > 10 else [])
 
 
 def test_the_last_line_has_rows_size_and_time(run):

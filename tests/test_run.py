@@ -186,7 +186,7 @@ def case(id: str, code: int, message: str, kind: str, *answers: Answer):
 @pytest.mark.parametrize(
     "kind, answers, code, message",
     [
-        case("401", 1, "401: No. CIRCLE_TOKEN is invalid or expired", "me", problem(401, "No.")),
+        case("401", 1, "401: No. CIRCLE_TOKEN in .* is invalid or exp", "me", problem(401, "No.")),
         case("403", 1, f"failed with 403: No. {ADMIN}", "me", problem(403, "No.")),
         case("redirect", 1, "failed with 302", "me", REDIRECT),
         case("HTML", 1, "unexpected data. Check for a proxy or login", "me", *always(HTML)),
@@ -203,7 +203,7 @@ def case(id: str, code: int, message: str, kind: str, *answers: Answer):
         case("dropped once", 0, "connection lost", "shares", DROP),
         case("400", 1, "400: No. Use at most 32 days", "POST", problem(400, "No.")),
         case("403", 1, f"failed with 403: No. {ADMIN}", "POST", problem(403, "No.")),
-        case("404", 1, "404: No. Check PRIMARY_ORG_ID, SHARED", "POST", problem(404, "No.")),
+        case("404", 1, "404: No. Check PRIMARY_ORG_ID. The owner", "POST", problem(404, "No.")),
         case("redirect", 1, "failed with 302", "POST", REDIRECT),
         case("429", 0, "Retrying in 16 s", "POST", LIMITED),
         case("401", 1, "401: No. CIRCLE_TOKEN.*The export is kept", "GET", problem(401, "No.")),
@@ -252,6 +252,14 @@ def test_json_of_another_shape(fake, run, output, kind, content):
     assert result.code == 1 and "Traceback" not in result.err, result.err
     assert "Unexpected" not in result.last_line and len(fake.requests("POST")) <= 2
     assert (leftovers(output) != []) == (kind == "GET")
+
+
+@pytest.mark.parametrize("shared", ["", PRIMARY], ids=["", "with SHARED_ORG_IDS"])
+def test_a_404_names_only_the_settings_that_were_used(fake, run, shared):
+    fake.plan("POST", problem(404, "Organization does not exist."))
+    last = run(SHARED_ORG_IDS=shared).last_line
+    assert "PRIMARY_ORG_ID" in last and "--job-id" not in last
+    assert ("SHARED_ORG_IDS" in last) == bool(shared)
 
 
 # --- A POST whose outcome is unknown ---
@@ -467,11 +475,11 @@ def serve_tls(folder: Path) -> str:
 NETWORK = [
     ("host not found", False, "host not found. Check the network"),
     ("port closed", False, "the port is closed. Check CIRCLECI_BASE_URL"),
-    ("proxy not running", False, "cannot use the proxy in HTTPS_PROXY"),
-    ("proxy refuses", False, "cannot use the proxy in HTTPS_PROXY"),
-    ("SOCKS", False, "cannot use the proxy in HTTPS_PROXY"),
-    ("CA bundle missing", False, "untrusted certificate. Check REQUESTS_CA_BUNDLE"),
-    ("certificate", False, "untrusted certificate. Check REQUESTS_CA_BUNDLE"),
+    ("proxy not running", False, "cannot use the proxy. Check HTTPS_PROXY"),
+    ("proxy refuses", False, "cannot use the proxy. Check HTTPS_PROXY"),
+    ("SOCKS", False, "SOCKS support is missing. Set HTTPS_PROXY to an http:// proxy"),
+    ("CA bundle missing", False, "CA bundle not found. Check REQUESTS_CA_BUNDLE"),
+    ("certificate", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
     pytest.param(
         *("connecting times out", False, "connecting timed out. Check the network"), marks=LINUX
     ),

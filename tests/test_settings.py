@@ -36,13 +36,13 @@ def case(id: str, message: str, *arguments: str, **variables: str | None):
 INVALID = [
     case(
         "no token",
-        r"CIRCLE_TOKEN is not set in the environment or .*\.env\. Create one .CCIPAT_",
+        r"CIRCLE_TOKEN is not set in .*\.env\. Create a token .CCIPAT_",
         CIRCLE_TOKEN=None,
     ),
-    case("blank token", "CIRCLE_TOKEN is not set in the environment", CIRCLE_TOKEN="  "),
+    case("blank token", "CIRCLE_TOKEN is not set in ", CIRCLE_TOKEN="  "),
     case(
         "placeholder",
-        "CIRCLE_TOKEN is not set in the environment",
+        "CIRCLE_TOKEN is not set in ",
         CIRCLE_TOKEN=usage_report.PLACEHOLDER,
     ),
     case("token with a blank", "CIRCLE_TOKEN must be a personal API token", CIRCLE_TOKEN="abc def"),
@@ -227,10 +227,12 @@ def test_an_env_file_in_another_encoding(fake, run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        pytest.param(["last-month"], "Unknown argument: a value without", id="a period"),
-        pytest.param(["--last-7-days"], "Unknown argument: --last-7-days.", id="as a flag"),
-        pytest.param(["--sart", "x"], "such as --period last-month; --help", id="a typing error"),
-        pytest.param(["--output", "x"], "Unknown argument: --output.", id="an abbreviation"),
+        pytest.param(["last-month"], "Did you mean --period last-month?", id="a period"),
+        pytest.param(["2026-09"], "Did you mean --period 2026-09?", id="a month"),
+        pytest.param(["--last-7-days"], "Did you mean --period last-7-days?", id="as a flag"),
+        pytest.param(["--sart", "2026-01-01"], "Did you mean --start?", id="a typing error"),
+        pytest.param(["--output", "x"], "Did you mean --output-dir?", id="an abbreviation"),
+        pytest.param(["extra"], "unknown argument. Did you mean --help?", id="anything else"),
         pytest.param(["--quiet", "--verbose"], "not allowed with", id="quiet and verbose"),
         pytest.param(["--start"], "--start: expected one argument", id="a flag without its value"),
     ],
@@ -427,6 +429,15 @@ def test_a_message_names_the_variable_of_the_env_file(run, tmp_path):
     assert "END_DATE soon is not a valid date" in run(END_DATE=None).err
 
 
+@pytest.mark.parametrize("in_file", [False, True], ids=["from the environment", "from .env"])
+def test_a_401_says_where_the_token_comes_from(fake, run, tmp_path, in_file):
+    (tmp_path / ".env").write_text("CIRCLE_TOKEN=wrong")
+    result = run(CIRCLE_TOKEN=None if in_file else "wrong")
+    source = str(tmp_path / ".env") if in_file else "the environment"
+    assert result.code == 1
+    assert f"CIRCLE_TOKEN in {source} is invalid or expired" in result.last_line
+
+
 def test_a_dollar_in_the_env_file_is_a_dollar(fake, run, tmp_path):
     fake.token = "abc${HOME}$x"
     (tmp_path / ".env").write_text(f"CIRCLE_TOKEN={fake.token}\n")
@@ -437,7 +448,7 @@ def test_the_current_folder_does_not_matter(fake, run, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / ".env").write_text("CIRCLE_TOKEN=of-another-folder\n")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert "CIRCLE_TOKEN is not set in the environment" in run(CIRCLE_TOKEN=None).err
+    assert "CIRCLE_TOKEN is not set in " in run(CIRCLE_TOKEN=None).err
     result = run("--output-dir", "")
     assert result.report.parent == tmp_path / "usage_reports"
 
@@ -464,7 +475,7 @@ def test_without_primary_org_id_the_choices_are_listed_below_a_question(fake, ru
     result = run(*flags, PRIMARY_ORG_ID=None, START_DATE=None)
     assert result.code == 2 and result.out == ""
     question, titles, *rows = (line.split(" ", 1)[1] for line in result.err.splitlines())
-    assert question.startswith("error: PRIMARY_ORG_ID is not set. Set it to the ID of")
+    assert question.startswith("Which organization owns the plan? Set PRIMARY_ORG_ID to its ID")
     assert titles.split() == ["NAME", "SLUG", "ID"]
     expected = [f"{name} gh/{name} {id}" for id, name in ORGANIZATIONS.items()]
     assert [" ".join(row.split()) for row in rows] == expected
@@ -475,7 +486,7 @@ def test_a_single_choice_for_primary_org_id(fake, run):
     fake.organizations = {PRIMARY: "Acme"}
     result = run(PRIMARY_ORG_ID=None)
     assert result.code == 2 and PRIMARY in result.last_line
-    assert "PRIMARY_ORG_ID is not set. Set it to the ID of" in result.err
+    assert "You have one organization. Set PRIMARY_ORG_ID to its ID" in result.err
 
 
 @pytest.mark.parametrize(
