@@ -106,6 +106,7 @@ ANSWER_BYTES = 10_000_000
 READ_BYTES, READ_SECONDS = 60_000, 60  # A download slower than 1 kB/s is aborted.
 PARALLEL_DOWNLOADS = 6
 BLOCK = 1 << 20
+MAX_PART = 10_000_000_000  # as downloaded; real parts have up to 350 MB of CSV
 MAX_ROW = 1 << 20
 MAX_TEXT = 300  # characters shown of external text
 MAX_LISTED = 10  # organizations or projects
@@ -996,6 +997,8 @@ def download_part(part: Part) -> bool:
             if not part.received and not block.startswith(GZIP):
                 check_start(name, block)  # now, because a web page may never end
             part.received += file.write(block)
+            if part.received > MAX_PART:
+                raise RetryableError(f"{name} is too large.")
         file.seek(0)
         try:
             content = decompress(file)

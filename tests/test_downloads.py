@@ -306,6 +306,15 @@ def test_a_download_that_is_too_slow_is_aborted_and_retried(fake, run, monkeypat
     assert time.perf_counter() - started < 2
 
 
+@pytest.mark.parametrize("start", [GZIPPED[1], PARTS[1]], ids=["gzip", "CSV"])
+def test_a_part_that_never_ends_is_refused(fake, run, monkeypatch, start):
+    monkeypatch.setattr(usage_report, "MAX_PART", 1_000_000)
+    fake.parts = [[FIRST], [Answer(start, chunked=True, endless=True), GOOD], [LAST]]
+    result = run()
+    assert result.code == 0 and "Part 2 is too large." in result.err
+    assert result.report.read_bytes() == WHOLE
+
+
 def test_a_first_line_that_never_ends_is_refused_in_bounded_memory(fake, run):
     line = Answer(b"x" * (1 << 16), chunked=True, endless=True)
     fake.parts = [[FIRST], [line, GOOD], [LAST]]
