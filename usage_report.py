@@ -215,9 +215,8 @@ class Console(logging.Handler):
     def __init__(self, quiet: bool, verbose: bool) -> None:
         super().__init__(logging.ERROR if quiet else logging.DEBUG if verbose else LIVE)
         self.stream = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (2>&- leaves no stderr)
-        escapes = (
-            sys.platform != "win32" or "WT_SESSION" in os.environ
-        )  # Old consoles show them as text.
+        # Old consoles show escape codes as text.
+        escapes = sys.platform != "win32" or "WT_SESSION" in os.environ
         self.terminal = escapes and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.color = self.terminal and not os.environ.get("NO_COLOR")
         self.live = False  # A live line is on the screen.
@@ -359,11 +358,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # Values are not shown: one may be a misplaced token.
-        word, shown = unknown[0].lstrip("-"), re.match("--[a-z0-9-]+(?=$|=)", unknown[0])
+        word, match = unknown[0].lstrip("-"), re.match("--[a-z0-9-]+(?=$|=)", unknown[0])
+        shown = f" {match[0]}" if match else ""
         flags = ["--" + name.replace("_", "-") for name in vars(args)]
         similar = (difflib.get_close_matches(unknown[0].split("=")[0], flags, 1) or ["--help"])[0]
         similar = f"--period {word}" if re.fullmatch(PERIOD, word) else similar
-        parser.error(f"unknown argument{f' {shown[0]}' if shown else ''}. Did you mean {similar}?")
+        parser.error(f"unknown argument{shown}. Did you mean {similar}?")
     return args
 
 
@@ -482,9 +482,9 @@ FAILURES = (
     ("ProxyError.*(NewConn|NameRes|Tunnel)", False, "cannot use the proxy. Check HTTPS_PROXY"),
     ("CERTIFICATE_VERIFY", False, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
     ("NameResolution|getaddrinfo", False, "host not found. Check the network"),
-    ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
     ("NewConnection.*refused", False, "the port is closed. Check CIRCLECI_BASE_URL"),
-    ("NewConnection", False, "cannot connect. Check the network"),
+    ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
+    ("NewConnectionError", False, "cannot connect. Check the network"),
     ("", True, "connection lost"),
 )
 
@@ -550,9 +550,8 @@ def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) -> T:
             if failures > len(pauses) or waited > PATIENCE:
                 if len(statuses) == 1:
                     raise
-                raise RetryableError(
-                    str(error), error.code
-                ) from None  # One 404 does not prove that a job is gone.
+                # One 404 among other errors does not prove that a job is gone.
+                raise RetryableError(str(error), error.code) from None
             when = f" in {format_duration(pause)}" if error.wait is not None else ""
             log.warning("%s Retrying%s.", error, when)
         sleep(pause, "Retrying in")
@@ -592,20 +591,21 @@ def call_api(settings: Settings, path: str, parse: Callable[[Any], T], body: obj
     log.debug("%s: %d after %.1f s", what, status, time.time() - started)
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(content)
+    if 200 <= status < 300:
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            return parse(answer)
+        raise RetryableError(f"{what} returned unexpected data. Check for a proxy or login page.")
     message = answer.get("message") if isinstance(answer, dict) else None
     message = clean(message or response.reason or "no message").rstrip(".")
     text = f"{what} failed with {status}: {message}. {next_step(settings, status)}".strip()
     if status in (408, 429) or status >= 500:
         wait = rate_limit_seconds(response.headers) if status == 429 else None
         raise RetryableError(text, UNFINISHED, sent=status != 429, wait=wait)
-    if not 200 <= status < 300:
-        raise ReportError(text, status=status)
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-        return parse(answer)
-    raise RetryableError(f"{what} returned unexpected data. Check for a proxy or login page.")
+    raise ReportError(text, status=status)
 
 
 def get(settings: Settings, path: str, parse: Callable[[Any], T]) -> T:
+    """What call_api() returns for a GET, with retries."""
     return retry(partial(call_api, settings, path, parse))
 
 
@@ -697,9 +697,8 @@ def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
             if not os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
                 raise BlockingIOError  # Another run has just removed the folder.
         except (BlockingIOError, PermissionError, FileNotFoundError):
-            raise ReportError(
-                "Another run is working on this export. Wait for it to finish."
-            ) from None
+            text = "Another run is working on this export. Wait for it to finish."
+            raise ReportError(text) from None
         except OSError as error:
             log.warning("Cannot lock %s (%s). Do not start another run.", file.name, error.strerror)
         interruption.folder = folder
@@ -742,7 +741,7 @@ class Export:
     job_id: str = ""  # "" if there is no job yet
     end: str = ""  # as requested; "" if not known
     requested_at: float | None = None  # unix seconds; None if not known
-    polls: list[float] = field(default_factory=list)  # unix seconds of the organization's last GETs
+    polls: list[float] = field(default_factory=list)  # unix seconds of the organization's GETs
     completed: bool = False  # CircleCI has returned download links.
     report: str = ""  # the report's name, recorded before it is published
     plain: bool = False  # whether that report is plain CSV
@@ -894,9 +893,8 @@ def wait_for_links(settings: Settings, export: Export) -> list[str]:
     while left > 0:
         started = time.time()
         state, links = retry(partial(poll_job, settings, export, state))
-        left -= min(
-            max(time.time() - started, 0), HOUR
-        )  # A jump of the clock counts as an hour at most.
+        # If the clock jumps, that counts as an hour at most.
+        left -= min(max(time.time() - started, 0), HOUR)
         log.log(STEP, "Export: %s%s", state, export.age())
         export.completed = state == "completed" and bool(links)
         if export.completed:
@@ -1016,10 +1014,10 @@ def download_part(part: Part) -> bool:
 
 
 def check_start(name: str, start: bytes) -> None:
+    """Raise RetryableError unless a part is empty or starts like a CSV."""
     if start and not ROW_START.match(start):
-        raise RetryableError(
-            f"{name} is not a CSV file. The server may have sent a web page or JSON."
-        )
+        text = "is not a CSV file. The server may have sent a web page or JSON."
+        raise RetryableError(f"{name} {text}")
 
 
 # --- Reading parts and rows, whatever their dialect ---

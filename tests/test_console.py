@@ -318,7 +318,8 @@ def test_an_error_is_red_on_a_terminal(fast, fast_fake, output, variables):
     last = text.rstrip("\n").split("\n")[-1]
     assert last.rpartition("\x1b[K")[2].startswith(f"{red}error: ")
     shown = Screen(text).shown()
-    assert shown[0].startswith("notice: GET http://127.0.0.1:") and len(shown) == 3
+    url = f"{fast_fake.url}/api/v2/me"
+    assert shown[0].startswith(f"notice: GET {url} failed with 503") and len(shown) == 3
 
 
 @pytest.mark.parametrize("width", [0, 1, 2])

@@ -676,7 +676,8 @@ def test_a_read_timeout(fake, run, monkeypatch):
     fake.plan("me", *always(Answer(b"x" * 9, bytes_a_write=1, pause=0.1)))
     result = run()
     assert result.code == 75
-    assert "/api/v2/me failed: no complete response in time" in result.last_line
+    url = f"{fake.url}/api/v2/me"
+    assert f"GET {url} failed: no complete response in time" in result.last_line
 
 
 @pytest.mark.parametrize(
