@@ -6,11 +6,11 @@ for all of them, waits for it, downloads its parts, merges them, publishes the
 report, prints its path to stdout, and shows a summary on stderr.
 
 Exports are scarce (10 an hour) and take up to 4 hours, so the job ID is saved
-to disk at once. After any interruption, run the same command to resume.
+to disk at once. If a run is interrupted, run the same command to resume.
 
-Exit codes: 0 the report is published; 1 failed; 2 invalid setting; 3 no usage
-in the window; 75 not finished, run the same command again; 130, 143, 129
-interrupted by Ctrl-C, SIGTERM, SIGHUP.
+Exit codes: 0 succeeded; 1 failed; 2 invalid setting; 3 no usage in the window;
+75 not finished, run the same command again; 130, 143, or 129 interrupted by
+Ctrl-C, SIGTERM, or SIGHUP.
 """
 
 from __future__ import annotations  # SyntaxError? usage_report.py needs Python 3.9 or newer.
@@ -56,7 +56,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from functools import lru_cache, partial
-from itertools import chain, islice, repeat
+from itertools import chain, count, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -93,7 +93,7 @@ ID_PATTERN = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 ISO = "%Y-%m-%dT%H:%M:%SZ"  # times in UTC
 LINK_PATTERN = r"https?://[A-Za-z0-9.-]+(:[0-9]+)?/[!-~]*"
 
-# --- Choices of this script (in seconds, bytes, or characters) ---
+# --- This script's choices (in seconds, bytes, or characters) ---
 
 HOUR = 3600 + 15  # an hour on CircleCI's clock, with a margin for network delays
 PATIENCE = QUERY_LIMIT + 15 * 60
@@ -125,7 +125,7 @@ class ReportError(Exception):
     have reached the server. `wait`: seconds until the rate limit allows the next request."""
 
     def __init__(
-        self, text: str, code: int = FAILED, status: int = 0, sent: bool = True, wait: Any = None
+        self, text: str, code: int = FAILED, *, status: int = 0, sent: bool = True, wait: Any = None
     ) -> None:
         super().__init__(text)
         self.code, self.status, self.sent, self.wait = code, status, sent, wait
@@ -140,12 +140,12 @@ class NothingToCollect(ReportError):
 
 
 def require(valid: object, text: str) -> None:
-    """Raise the error for an invalid setting, unless it is valid."""
+    """Raise ReportError for an invalid setting unless `valid` is true."""
     if not valid:
         raise ReportError(text, INVALID)
 
 
-# --- Text for people ---
+# --- Text for users ---
 
 SECRETS: set[str] = set()  # the token, once it is known
 
@@ -183,7 +183,7 @@ def display_width(text: str) -> int:
 
 
 def fit(text: str, width: int, right: bool = False) -> str:
-    """The text shortened or padded to a width in columns."""
+    """The text, shortened or padded to a width in columns."""
     while display_width(text) > max(width, 1):
         text = text[:-2] + "\u2026"
     padding = " " * (width - display_width(text))
@@ -191,26 +191,26 @@ def fit(text: str, width: int, right: bool = False) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], names: int, width: int) -> str:
-    """Aligned text. The first `names` columns are names: left-aligned, shortened if need be."""
+    """Aligned text. The first `names` columns hold names: left-aligned, shortened to fit."""
     widths = [max(map(display_width, column)) for column in zip(*rows)]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[:names]) > 12:
         widths[widths.index(max(widths[:names]))] -= 1
-    cells = [[fit(c, w, n >= names) for n, (c, w) in enumerate(zip(row, widths))] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in cells)
+    right = [column >= names for column in range(len(widths))]
+    return "\n".join("  ".join(map(fit, row, widths, right)).rstrip() for row in rows)
 
 
-# --- Console: everything people see on stderr ---
+# --- Console: progress, notices, and errors on stderr ---
 
 log = logging.getLogger("usage_report")
 LOG_WIDTH = 1000  # columns, where there is no terminal
-LIVE, STEP = 15, 16  # log levels for the live line; without a terminal, only STEP is shown
+LIVE, STEP = 15, 16  # log levels of the live line; LIVE is shown only on a terminal
 TABLE = 21  # log level of a table, which begins with column titles
 STYLES = {LIVE: ("2", ""), STEP: ("2", ""), TABLE: ("1", "")}  # color code and prefix by level
 STYLES.update({logging.WARNING: ("", "notice: "), logging.ERROR: ("31", "error: ")})
 
 
 class Console(logging.Handler):
-    """Writes to stderr: on a terminal with color and a live line, elsewhere with UTC timestamps."""
+    """Writes to stderr: with color and a live line on a terminal, with UTC timestamps elsewhere."""
 
     def __init__(self, quiet: bool, verbose: bool) -> None:
         super().__init__(logging.ERROR if quiet else logging.DEBUG if verbose else LIVE)
@@ -219,10 +219,10 @@ class Console(logging.Handler):
         escapes = sys.platform != "win32" or "WT_SESSION" in os.environ
         self.terminal = escapes and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.color = self.terminal and not os.environ.get("NO_COLOR")
-        self.live = False  # A live line is on the screen.
+        self.live = False  # whether a live line is on the screen
 
     def width(self) -> int:
-        """Columns of stderr's terminal (stdout may be captured); LOG_WIDTH if it is not one."""
+        """Columns of the terminal; LOG_WIDTH if stderr is not one (stdout may be captured)."""
         with contextlib.suppress(OSError):
             if self.terminal:
                 return os.get_terminal_size(self.stream.fileno()).columns or 80
@@ -235,7 +235,7 @@ class Console(logging.Handler):
                 self.stream.flush()
 
     def render(self, level: int, text: str) -> str:
-        """What to write for a message: no secrets, no control characters."""
+        """What to write for a message, with secrets and control characters masked."""
         erase = "\r\x1b[K" if self.live else ""
         self.live = self.terminal and level in (LIVE, STEP)
         code, prefix = STYLES.get(level, ("", ""))
@@ -253,26 +253,27 @@ class Console(logging.Handler):
 
 AGAIN = "Run the same command again."
 COLLECT = "CircleCI keeps working on the export. Run the same command to collect it."
-MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you can spend another."
+MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you can afford another."
 
 
 @dataclass
 class Interruption:
-    """Ctrl-C, SIGTERM, and SIGHUP end the process at once, with a message: what the next run needs
-    is already on disk, and an exception could be swallowed by a library."""
+    """Ctrl-C, SIGTERM, and SIGHUP end the process at once, with a message. What the next run needs
+    is already on disk, and a library could swallow an exception."""
 
     console: Console
     folder: Path | None = None  # of the export, once this run has locked it
     advice: str = AGAIN  # after an interruption or a failure
-    repeatable: bool = True  # The same command does not cost another export.
-    held: bool = False  # Signals have to wait.
+    held: bool = False  # whether signals have to wait
     received: int = 0  # the first signal
-    succeeded: bool = False  # The report is published and its path is printed.
+    succeeded: bool = False  # whether the report is published and its path is printed
 
-    def handle(self, number: int = 0, frame: object = None) -> None:
+    def handle(self, number: int, frame: object) -> None:
         self.received = self.received or number
-        if self.held or not self.received:
-            return
+        if not self.held:
+            self.exit()
+
+    def exit(self) -> None:
         self.held = True  # Further signals change nothing.
         if self.succeeded:
             os._exit(0)
@@ -291,25 +292,27 @@ class Interruption:
             yield
         finally:
             self.held = False
-            self.handle()
+            if self.received:
+                self.exit()
 
 
 # --- Settings: a flag, else the environment, else .env ---
 
 PERIODS = "yesterday, last-7-days, this-month, last-month, or YYYY-MM"
-PERIOD = "yesterday|last-7-days|this-month|last-month|20[0-9]{2}-(0[1-9]|1[0-2])"
+PERIOD_PATTERN = "yesterday|last-7-days|this-month|last-month|20[0-9]{2}-(0[1-9]|1[0-2])"
 EXAMPLE = "b9291e0d-a11e-41fb-8517-c545388b5953"
-OWNER = f"{EXAMPLE}; leave it empty to list your organizations"
-ID_LIST = rf"({ID_PATTERN}|\s|,)*"
-LOOPBACK = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
-BASE_URL = rf"(https://[a-z0-9-]{{1,63}}(\.[a-z0-9-]{{1,63}})*|{LOOPBACK})(:[1-6]?[0-9]{{1,4}})?/?"
+OWNER_ID = f"{EXAMPLE}; leave it empty to list your organizations"
+ID_LIST_PATTERN = rf"({ID_PATTERN}|\s|,)*"
+HTTPS_PATTERN = r"https://[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*"
+LOOPBACK_PATTERN = r"http://(localhost|127(\.[0-9]{1,3}){3}|\[::1\])"
+URL_PATTERN = rf"({HTTPS_PATTERN}|{LOOPBACK_PATTERN})(:[1-6]?[0-9]{{1,4}})?/?"
 VARIABLES = {  # pattern, description, and example
     "CIRCLE_TOKEN": ("[!-~]+", "a personal API token", "CCIPAT_..."),
-    "PRIMARY_ORG_ID": (ID_PATTERN, "the UUID of the organization that owns the plan", OWNER),
+    "PRIMARY_ORG_ID": (ID_PATTERN, "the UUID of the organization that owns the plan", OWNER_ID),
     "START_DATE": (".*", "the first day, unless --start or --period is used", ""),
     "END_DATE": (".*", "the last day, unless --end or --period is used", ""),
-    "SHARED_ORG_IDS": (ID_LIST, "UUIDs of organizations, separated by commas", EXAMPLE),
-    "CIRCLECI_BASE_URL": (BASE_URL, "https:// and a host name", "https://circleci.com"),
+    "SHARED_ORG_IDS": (ID_LIST_PATTERN, "UUIDs of organizations, separated by commas", EXAMPLE),
+    "CIRCLECI_BASE_URL": (URL_PATTERN, "https:// and a host name", "https://circleci.com"),
 }
 
 
@@ -321,13 +324,13 @@ class Settings(NamedTuple):
     primary: str  # organization ID; empty: list the choices
     shared: list[str]  # organization IDs; empty: ask the API
     job_id: str  # of an existing export; empty: request one
-    start: str = ""  # in ISO format, which sorts by time; no window with a job ID
+    start: str = ""  # in ISO format, which sorts by time; empty with a job ID
     end: str = ""  # as requested from CircleCI: not in the future
-    wanted_end: str = ""  # as the user gave it
+    wanted_end: str = ""  # as set, even if it is in the future
 
     @property
-    def exports(self) -> str:
-        """The path of the organization's export jobs."""
+    def jobs_path(self) -> str:
+        """The URL path of the organization's export jobs."""
         return f"/api/v2/organizations/{self.primary}/usage_export_job"
 
 
@@ -345,85 +348,94 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--start", "YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ, in UTC"),
         ("--end", "same format; a date includes the whole day"),
         ("--period", f"{PERIODS} (whole UTC days)"),
-        ("--output-dir", "default: usage_reports next to the script"),
-        ("--env-file", "default: .env next to the script"),
+        ("--output-dir", "folder for reports; default: usage_reports next to the script"),
+        ("--env-file", "settings file; default: .env next to the script"),
         ("--job-id", "collect an existing export instead of requesting one"),
     ):
         parser.add_argument(flag, type=str.strip, default="", help=text)
     parser.add_argument("--plain", action="store_true", help="write plain CSV, for spreadsheets")
     parser.add_argument("--dry-run", action="store_true", help="show the request and stop")
     volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    volume.add_argument("-v", "--verbose", action="store_true", help="show every request")
+    volume.add_argument("-q", "--quiet", action="store_true", help="print only the path, or errors")
+    volume.add_argument("-v", "--verbose", action="store_true", help="show each API request, too")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # Values are not shown: one may be a misplaced token.
-        word, match = unknown[0].lstrip("-"), re.match("--[a-z0-9-]+(?=$|=)", unknown[0])
-        shown = f" {match[0]}" if match else ""
+        flag, word = unknown[0].partition("=")[0], unknown[0].lstrip("-")
+        shown = f" {flag}" if re.fullmatch("--[a-z0-9-]+", flag) else ""
         flags = ["--" + name.replace("_", "-") for name in vars(args)]
-        similar = (difflib.get_close_matches(unknown[0].split("=")[0], flags, 1) or ["--help"])[0]
-        similar = f"--period {word}" if re.fullmatch(PERIOD, word) else similar
-        parser.error(f"unknown argument{shown}. Did you mean {similar}?")
+        similar = difflib.get_close_matches(flag, flags, 1)
+        similar = [f"--period {word}"] if re.fullmatch(PERIOD_PATTERN, word) else similar
+        hint = f"Did you mean {similar[0]}?" if similar else "See --help."
+        parser.error(f"unknown argument{shown}. {hint}")
     return args
+
+
+def read_variables(path: str) -> tuple[dict[str, str], str]:
+    """The values of VARIABLES, and where the token comes from. An empty path means .env."""
+    env_file, content = Path(path or SCRIPT_FOLDER / ".env").absolute(), ""
+    try:
+        if path or env_file.exists():
+            content = env_file.read_text("utf-8-sig")  # Some editors write a BOM.
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "it is not UTF-8")
+        hint = "Check the file, or use --env-file with another one."
+        raise ReportError(f"Cannot read {env_file}: {reason}. {hint}", INVALID) from None
+    # No interpolation: a $ in a value is a $.
+    in_file = dotenv.dotenv_values(stream=io.StringIO(content), interpolate=False)
+    values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
+    source = "the environment" if values["CIRCLE_TOKEN"] else str(env_file)
+    values = {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
+    return values, source
 
 
 def load_settings(args: argparse.Namespace) -> Settings:
     """All settings, validated; creates the output folder. Raises ReportError or OSError."""
-    env_file, text = Path(args.env_file or SCRIPT_FOLDER / ".env").absolute(), ""
-    try:
-        if args.env_file or env_file.exists():
-            text = env_file.read_text("utf-8-sig")  # Some editors write a BOM.
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "it is not UTF-8")
-        hint = "Copy .env.example to .env, or correct --env-file."
-        raise ReportError(f"Cannot read {env_file}: {reason}. {hint}", INVALID) from None
-    # No interpolation: a $ in a value is a $.
-    in_file = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
-    values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
-    source = "the environment" if values["CIRCLE_TOKEN"] else str(env_file)
-    values = {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
+    values, source = read_variables(args.env_file)
     token, job_id = values["CIRCLE_TOKEN"], args.job_id.lower()
-    text = f"CIRCLE_TOKEN is not set in {source}. Create a token (CCIPAT_...) in CircleCI"
-    text = f"{text} under User Settings > Personal API Tokens."
-    require(token not in ("", PLACEHOLDER), text)
+    hint = "Create a token (CCIPAT_...) in CircleCI under User Settings > Personal API Tokens."
+    require(token not in ("", PLACEHOLDER), f"CIRCLE_TOKEN is not set in {source}. {hint}")
     SECRETS.add(token)
     for name, (pattern, text, example) in VARIABLES.items():
         valid = re.fullmatch(f"({pattern})?", values[name], re.IGNORECASE | re.DOTALL)
         require(valid, f"{name} must be {text}, such as {example}.")  # The value may be a token.
-    valid = re.fullmatch(f"({ID_PATTERN})?", job_id)
-    require(valid, f"--job-id must be a UUID, such as {EXAMPLE}.")
+    id_valid = re.fullmatch(f"({ID_PATTERN})?", job_id)
+    require(id_valid, f"--job-id must be a UUID, such as {EXAMPLE}.")
     output = Path(args.output_dir or SCRIPT_FOLDER / "usage_reports").absolute()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-    text = f"Cannot write to {output}. Use --output-dir with another folder, such as reports."
-    require(os.path.isdir(output) and os.access(output, os.W_OK | os.X_OK), text)
+    writable = os.path.isdir(output) and os.access(output, os.W_OK | os.X_OK)
+    hint = "Use --output-dir with another folder, such as ./reports."
+    require(writable, f"Cannot write to {output}. {hint}")
     primary = values["PRIMARY_ORG_ID"].lower()
     base_url = (values["CIRCLECI_BASE_URL"] or "https://circleci.com").lower().rstrip("/")
     shared = re.findall(ID_PATTERN, values["SHARED_ORG_IDS"].lower())
-    given = args.start or args.end or args.period  # validated even with --job-id
-    window = choose_window(args, values) if given or (primary and not job_id) else ()
+    window: tuple[str, ...] = ()
+    if args.start or args.end or args.period or (primary and not job_id):
+        window = choose_window(args, values)  # with --job-id, only to validate the flags
     window = () if job_id else window
     return Settings(token, source, base_url, output, primary, shared, job_id, *window)
 
 
-def months_back(day: date, months: int) -> date:
-    """The same day of an earlier month, or that month's last day."""
-    year, month = divmod(day.year * 12 + day.month - 1 - months, 12)
+def shift_month(day: date, months: int) -> date:
+    """The same day so many months later (earlier if negative), or that month's last day."""
+    year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
     return date(year, month + 1, min(day.day, calendar.monthrange(year, month + 1)[1]))
 
 
 def period_days(period: str, today: date) -> tuple[date, date]:
     """First and last day of a --period: whole UTC days, none later than yesterday."""
-    require(re.fullmatch(PERIOD, period), f"--period must be {PERIODS}, not {clean(period)}.")
+    valid = re.fullmatch(PERIOD_PATTERN, period)
+    require(valid, f"--period must be {PERIODS}, not {clean(period)}.")
     yesterday, days = today - timedelta(days=1), {"yesterday": 1, "last-7-days": 7}
     if period in days:
         return today - timedelta(days[period]), yesterday
-    months = {"this-month": f"{today:%Y-%m}", "last-month": f"{months_back(today, 1):%Y-%m}"}
+    months = {"this-month": f"{today:%Y-%m}", "last-month": f"{shift_month(today, -1):%Y-%m}"}
     first = date.fromisoformat(f"{months.get(period, period)}-01")
-    last = min(yesterday, months_back(first, -1) - timedelta(days=1))
+    last = min(yesterday, shift_month(first, 1) - timedelta(days=1))
     require(first <= last, f"--period {period} has no complete day yet. Use last-month.")
     return first, last
 
@@ -441,7 +453,7 @@ def parse_time(name: str, value: str, time_of_day: str, hint: str) -> datetime:
 
 
 def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> tuple[str, ...]:
-    """Start, end, and wanted end: of --period, or as set. The end is cut if it is in the future."""
+    """Start, end, and wanted end: of --period, or as set. A future end is cut to a minute ago."""
     now = datetime.fromtimestamp(int(time.time()), timezone.utc)
     days = period_days("last-month", now.date())
     hint = f"Use --period last-month, or --start {days[0]} --end {days[1]}."
@@ -457,7 +469,7 @@ def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> tuple[
     first = parse_time(start_name, start, "T00:00:00Z", hint)
     wanted_end = parse_time(end_name, end, "T23:59:59Z", hint)
     last = wanted_end if wanted_end <= now else now - timedelta(minutes=1)
-    oldest, limit = months_back(now.date(), HISTORY_MONTHS), timedelta(days=MAX_WINDOW_DAYS)
+    oldest, limit = shift_month(now.date(), -HISTORY_MONTHS), timedelta(days=MAX_WINDOW_DAYS)
     require(first < wanted_end, f"{given}: the start must be before the end. {hint}")
     require(first < last, f"{given} starts in the future. {hint}")
     require(first.date() >= oldest, f"{given} is too old: usage goes back to {oldest}. {hint}")
@@ -475,8 +487,8 @@ WORKERS = concurrent.futures.ThreadPoolExecutor(100)
 # A pattern in the exception, whether the request may have been sent, and the text for the user. A
 # request counts as not sent only if there was no connection.
 FAILURES = (
-    ("Connection (aborted|broken)|^ContentDecoding", True, "connection lost"),
-    ("^TimeoutError|Read timed out", True, "no complete response in time"),
+    ("Connection (aborted|broken)|^ContentDecoding", True, "connection lost or invalid response"),
+    ("^TimeoutError|Read timed out", True, "the response timed out"),
     ("CA certificate bundle", False, "CA bundle not found. Check REQUESTS_CA_BUNDLE"),
     ("for SOCKS", False, "SOCKS support is missing. Set HTTPS_PROXY to an http:// proxy"),
     ("ProxyError.*(NewConn|NameRes|Tunnel)", False, "cannot use the proxy. Check HTTPS_PROXY"),
@@ -485,12 +497,12 @@ FAILURES = (
     ("NewConnection.*refused", False, "the port is closed. Check CIRCLECI_BASE_URL"),
     ("ConnectTimeout", False, "connecting timed out. Check the network and HTTPS_PROXY"),
     ("NewConnectionError", False, "cannot connect. Check the network"),
-    ("", True, "connection lost"),
+    ("", True, "connection lost or invalid response"),
 )
 
 
 def with_timeout(what: str, seconds: float, action: Callable[..., T], *arguments: Any) -> T:
-    """What action(*arguments) returns. Raises RetryableError if it fails or takes too long, without
+    """What action(*arguments) returns. Raises RetryableError if it fails or takes too long. Omits
     the text of the exception, which can contain a signed URL."""
     try:
         return WORKERS.submit(action, *arguments).result(seconds)
@@ -502,9 +514,9 @@ def with_timeout(what: str, seconds: float, action: Callable[..., T], *arguments
 
 
 def send(url: str, token: str = "", body: object = None) -> requests.Response:
-    """The response to a GET, or to the POST of a body; its content is unread. Sent through an
-    adapter, because a session stores cookies, reads ~/.netrc, and parses redirects. Here, the
-    session only reads the proxy and CA settings."""
+    """Send a GET, or a POST if there is a body. Returns the response, with its content unread.
+    Uses an adapter, because a session stores cookies, reads ~/.netrc, and parses redirects. Here,
+    the session only reads the proxy and CA settings."""
     headers = {"User-Agent": f"circleci-usage-report/{__version__}", "Accept-Encoding": "identity"}
     if token:
         headers["Circle-Token"] = token
@@ -527,7 +539,7 @@ def rate_limit_seconds(headers: Mapping[str, str]) -> float:
 
 def sleep(seconds: float, text: str) -> None:
     """Sleep, showing the text and the time left. Sleeps at most 1 s at a time, so that time
-    asleep counts, and a clock that is set back adds no delay."""
+    spent suspended counts, and setting the clock back adds no delay."""
     while seconds > 0:
         log.log(LIVE, "%s %s", text, format_duration(seconds))
         started, pause = time.time(), min(seconds, 1)
@@ -536,16 +548,18 @@ def sleep(seconds: float, text: str) -> None:
 
 
 def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) -> T:
-    """What action() returns. Calls it again after each RetryableError, until the pauses or PATIENCE
-    run out. Then it raises the last error, with its status only if all errors had it. A wait for
-    the rate limit uses up no pause."""
-    failures, waited, statuses = 0, 0.0, set()
+    """What action() returns. Calls it again after each RetryableError until the pauses or PATIENCE
+    run out. Then raises the last error, without its status unless all errors had the same one.
+    Waiting for the rate limit does not use up a pause."""
+    failures, waited = 0, 0.0
+    statuses = set()
     while True:
         try:
             return action()
         except RetryableError as error:
             pause = max(pauses[min(failures, len(pauses) - 1)], error.wait or 0)
-            failures, waited = failures + (error.wait is None), waited + pause
+            waited += pause
+            failures += error.wait is None
             statuses.add(error.status)
             if failures > len(pauses) or waited > PATIENCE:
                 if len(statuses) == 1:
@@ -559,10 +573,10 @@ def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) -> T:
 
 def next_step(settings: Settings, status: int) -> str:
     """What to do about an HTTP error; "" if there is nothing special."""
-    used = ["PRIMARY_ORG_ID"] + ["SHARED_ORG_IDS"] * bool(settings.shared)
-    used += ["--job-id"] * bool(settings.job_id)
+    optional = {"SHARED_ORG_IDS": settings.shared, "--job-id": settings.job_id}
+    used = ["PRIMARY_ORG_ID", *(name for name, value in optional.items() if value)]
     steps = {
-        400: f"Use at most {MAX_WINDOW_DAYS} days of the last {HISTORY_MONTHS} months.",
+        400: f"Use at most {MAX_WINDOW_DAYS} days within the last {HISTORY_MONTHS} months.",
         401: f"CIRCLE_TOKEN in {settings.token_source} is invalid or expired. Replace it.",
         403: "Use the token of an organization admin.",
         404: f"Check {' and '.join(used)}. The owner of CIRCLE_TOKEN must have access.",
@@ -571,10 +585,10 @@ def next_step(settings: Settings, status: int) -> str:
 
 
 def call_api(settings: Settings, path: str, parse: Callable[[Any], T], body: object = None) -> T:
-    """What parse() makes of the JSON that answers a GET, or the POST of a body. The token goes to
-    the host of base_url and nowhere else. Raises RetryableError, also for data of another shape, or
-    ReportError with the HTTP status."""
-    url, started, answer = settings.base_url + path, time.time(), None
+    """Send a GET, or a POST if there is a body. Returns parse(JSON of the response). The token goes
+    only to the host of base_url. Raises RetryableError, also for unexpected data, or ReportError
+    with the HTTP status."""
+    url, started = settings.base_url + path, time.time()
     what = f"{'POST' if body else 'GET'} {url}"
 
     def exchange() -> tuple[requests.Response, bytearray]:
@@ -589,6 +603,7 @@ def call_api(settings: Settings, path: str, parse: Callable[[Any], T], body: obj
     response, content = with_timeout(what, ANSWER_SECONDS, exchange)
     status = response.status_code
     log.debug("%s: %d after %.1f s", what, status, time.time() - started)
+    answer = None
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(content)
     if 200 <= status < 300:
@@ -635,8 +650,8 @@ def primary_question(settings: Settings, width: int) -> str:
 
 
 def find_organizations(settings: Settings) -> dict[str, str]:
-    """Name by ID of every organization on the plan, the primary first. Raises ReportError
-    for an unclear response, because a report on the primary alone could look complete."""
+    """Names by ID of the organizations to report on, the primary first. Raises ReportError for an
+    unclear response, because a report on the primary alone could look complete."""
 
     def parse(answer: Any) -> dict[str, str]:
         if not isinstance(answer["orgs"], list):
@@ -655,7 +670,7 @@ def find_organizations(settings: Settings) -> dict[str, str]:
     return {settings.primary: "", **found}
 
 
-# --- Files and the export's folder ---
+# --- Files ---
 
 MERGED, STATE, LOCK = "merged.csv", "state.json", "lock"
 
@@ -684,9 +699,69 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+# --- The export job: its folder, its state on disk, and its request ---
+
+
+@dataclass
+class Export:
+    """An export job. Until the report is published, these values are kept in a hidden folder, next
+    to the parts, without the token and without signed URLs."""
+
+    folder: Path
+    job_id: str = ""  # "" if there is no job yet
+    end: str = ""  # as requested; "" if not known
+    requested_at: float | None = None  # Unix seconds; None if not known
+    polls: list[float] = field(default_factory=list)  # Unix seconds of GETs, earlier jobs' too
+    completed: bool = False  # whether CircleCI has returned download links
+    report: str = ""  # the report's name, recorded before it is published
+    plain: bool = False  # whether that report is plain CSV
+
+    def save(self) -> None:
+        record = {key: value for key, value in vars(self).items() if key != "folder"}
+        with new_file(self.folder / STATE) as file:
+            file.write(json.dumps(record).encode())
+
+    def age(self) -> str:
+        """How long ago the job was requested, as text; "" if not known."""
+        if self.requested_at is None:
+            return ""
+        return f" ({format_duration(time.time() - self.requested_at)})"
+
+
+def load_export(folder: Path) -> Export:
+    """The export of an earlier run, if any. If a value is invalid, only the job ID is used."""
+    found = None
+    for name in (STATE + ".new", STATE):  # the draft, if a run was killed just after the POST
+        with contextlib.suppress(FileNotFoundError):
+            text = (folder / name).read_text("utf-8", errors="replace")
+            found = re.search(rf'(?i)"job_id"\s*:\s*"({ID_PATTERN})"', text) or found
+    if not found:
+        return Export(folder)
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        export = Export(folder, **{**json.loads(found.string), "job_id": found[1].lower()})
+        times = [*export.polls, export.requested_at or 1]
+        valid = all(type(at) in (int, float) and 0 < at < time.time() + 86400 for at in times)
+        valid = valid and bool(re.fullmatch("([0-9TZ:-]{20})?", export.end))
+        if valid and re.fullmatch(r"(all_orgs_[\w-]{1,200}\.csv)?", export.report):
+            return export
+    return Export(folder, found[1].lower())
+
+
+def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
+    """The export's hidden folder. With --job-id, that of the run that requested the job, if any."""
+    if settings.job_id:
+        for folder in settings.output.glob(".export-*"):
+            with contextlib.suppress(OSError):
+                if load_export(folder).job_id == settings.job_id:
+                    return folder
+    key = [settings.base_url, settings.primary, settings.job_id, settings.start]
+    text = " ".join([*key, settings.wanted_end, *sorted(organizations)])
+    return settings.output / f".export-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
 @contextlib.contextmanager
 def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
-    """Lock an export's folder for this run. Removes it if it holds no export at the end."""
+    """Lock an export's folder for this run. At the end, remove the folder if it has no export."""
     folder.mkdir(exist_ok=True)
     with open(folder / LOCK, "a+b") as file:
         try:
@@ -722,70 +797,11 @@ def tidy_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove an export's folder: the state after what it describes, and the lock last."""
+    """Remove an export's folder: the data first, then the state, and the lock last."""
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir(), key=lambda path: (path.name == LOCK, path.name)):
             path.unlink()
         folder.rmdir()
-
-
-# --- The export job and its state on disk ---
-
-
-@dataclass
-class Export:
-    """An export job. Until the report is published, these values are kept in a hidden folder, next
-    to the parts, without the token and without signed URLs."""
-
-    folder: Path
-    job_id: str = ""  # "" if there is no job yet
-    end: str = ""  # as requested; "" if not known
-    requested_at: float | None = None  # unix seconds; None if not known
-    polls: list[float] = field(default_factory=list)  # unix seconds of the organization's GETs
-    completed: bool = False  # CircleCI has returned download links.
-    report: str = ""  # the report's name, recorded before it is published
-    plain: bool = False  # whether that report is plain CSV
-
-    def save(self) -> None:
-        record = {key: value for key, value in vars(self).items() if key != "folder"}
-        with new_file(self.folder / STATE) as file:
-            file.write(json.dumps(record).encode())
-
-    def age(self) -> str:
-        """How long ago the job was requested, as text; "" if not known."""
-        age = format_duration(time.time() - (self.requested_at or 0))
-        return f" after {age}" if self.requested_at else ""
-
-
-def load_export(folder: Path) -> Export:
-    """The export of an earlier run, if any. If a value is invalid, only the job ID is used."""
-    found = None
-    for name in (STATE + ".new", STATE):  # the draft, if a run was killed just after the POST
-        with contextlib.suppress(FileNotFoundError):
-            text = (folder / name).read_text("utf-8", errors="replace")
-            found = re.search(rf'(?i)"job_id"\s*:\s*"({ID_PATTERN})"', text) or found
-    if not found:
-        return Export(folder)
-    with contextlib.suppress(TypeError, ValueError, RecursionError):
-        export = Export(folder, **{**json.loads(found.string), "job_id": found[1].lower()})
-        times = [*export.polls, export.requested_at or 1]
-        valid = all(type(at) in (int, float) and 0 < at < time.time() + 86400 for at in times)
-        datetime.strptime("2000-01-01T00:00:00Z" if export.end == "" else export.end, ISO)
-        if valid and re.fullmatch(r"(all_orgs_[\w-]{1,200}\.csv)?", export.report):
-            return export
-    return Export(folder, found[1].lower())
-
-
-def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
-    """The export's hidden folder. With --job-id, the folder of the run that requested it."""
-    if settings.job_id:
-        for folder in settings.output.glob(".export-*"):
-            with contextlib.suppress(OSError):
-                if load_export(folder).job_id == settings.job_id:
-                    return folder
-    key = [settings.base_url, settings.primary, settings.job_id, settings.start]
-    text = " ".join([*key, settings.wanted_end, *sorted(organizations)])
-    return settings.output / f".export-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def resume_export(folder: Path, settings: Settings) -> Export:
@@ -804,27 +820,26 @@ def request_export(
     settings: Settings, body: Mapping[str, Any], folder: Path, interruption: Interruption
 ) -> Export:
     """Start an export job and save its ID. A POST with an unknown outcome may have started one, and
-    the API does not list exports. So it is repeated at most once."""
+    the API does not list exports. So the POST is repeated at most once."""
+    interruption.advice = AGAIN
     draft = Export(folder, end=body["end"], polls=load_export(folder).polls)
     for path in folder.glob("part-*"):  # of the earlier job
         path.unlink()
     draft.save()  # If the disk is full, fail before an export is spent.
-    interruption.advice = AGAIN
 
     def post() -> Export:
         with interruption.hold():
             requested_at = time.time()
             try:
-                job_id = call_api(settings, settings.exports, parse_job_id, body)
+                job_id = call_api(settings, settings.jobs_path, parse_job_id, body)
             except RetryableError as error:
                 if error.sent:
-                    interruption.advice, interruption.repeatable = MAY_HAVE_STARTED, False
+                    interruption.advice = MAY_HAVE_STARTED
                 raise
             interruption.advice = f"Use --job-id {job_id} to collect the export."
-            interruption.repeatable = False
             export = replace(draft, job_id=job_id, requested_at=requested_at)
             export.save()
-            interruption.advice, interruption.repeatable = COLLECT, True
+            interruption.advice = COLLECT
         log.info("CircleCI started export job %s.", export.job_id)
         return export
 
@@ -837,21 +852,21 @@ def parse_job_id(answer: Any) -> str:
 
 # --- Waiting for the job ---
 
-# With a geometric series, the delay is the same share of any job's length. GET n is due
-# FIRST_POLL * GROWTH**n after the POST, and GET 10 is due an hour after GET 0.
+# In a geometric series, the last wait is at most a fixed share of the job's length, whatever that
+# is. GET n is due FIRST_POLL * GROWTH**n after the POST, and GET 10 is due an hour after GET 0.
 GROWTH: float = (HOUR / FIRST_POLL + 1) ** (1 / GETS_PER_HOUR)
 
 
 def next_poll(requested_at: float | None, polls: Sequence[float], completed: bool = False) -> float:
-    """When (unix seconds) the next GET is due: in a geometric series for an hour, then every 6
-    minutes; at once if the job's age is unknown, or it is completed and only needs new links."""
+    """When (Unix seconds) the next GET is due: in a geometric series for an hour, then every 6
+    minutes. As soon as allowed if the job's age is unknown or a completed job needs new links."""
     allowed = polls[-GETS_PER_HOUR] + HOUR if len(polls) >= GETS_PER_HOUR else 0
     if completed or not (requested_at or polls):
         return allowed
     start = requested_at or polls[0] - FIRST_POLL
     elapsed = polls[-1] - start if polls else 0
-    due = start + max(FIRST_POLL, min(elapsed * GROWTH, max(elapsed, HOUR) + POLL_INTERVAL))
-    return max(due, allowed)
+    geometric, regular = elapsed * GROWTH, max(elapsed, HOUR) + POLL_INTERVAL
+    return max(start + max(FIRST_POLL, min(geometric, regular)), allowed)
 
 
 def parse_job(answer: Any) -> tuple[str, list[str]]:
@@ -869,7 +884,8 @@ def parse_job(answer: Any) -> tuple[str, list[str]]:
 def poll_job(settings: Settings, export: Export, state: str) -> tuple[str, list[str]]:
     """Send the next GET when it is due. A 404 is retryable, because the job may be very new."""
     now = time.time()
-    set_back = max([now, *export.polls, export.requested_at or now]) - now  # seconds, of the clock
+    # How many seconds the clock was set back since then.
+    set_back = max([now, *export.polls, export.requested_at or now]) - now
     export.polls = [at - set_back for at in export.polls]
     export.requested_at = export.requested_at and export.requested_at - set_back
     due = next_poll(export.requested_at, export.polls, export.completed)
@@ -877,147 +893,35 @@ def poll_job(settings: Settings, export: Export, state: str) -> tuple[str, list[
     export.polls.append(time.time())
     export.save()  # before the GET, which counts even if this run is killed before the response
     try:
-        return call_api(settings, f"{settings.exports}/{export.job_id}", parse_job)
+        return call_api(settings, f"{settings.jobs_path}/{export.job_id}", parse_job)
     except ReportError as error:
-        if error.status != 404:
-            raise
-        raise RetryableError(str(error), status=404) from None
+        if error.status == 404:
+            raise RetryableError(str(error), status=404) from None
+        raise
     finally:
         export.polls[-1] = max(due, time.time())  # the latest time CircleCI can have counted it
 
 
 def wait_for_links(settings: Settings, export: Export) -> list[str]:
     """The download links of the completed job. Raises ReportError if it takes too long or fails."""
-    state, empty, now = "requested", 0, time.time()
-    left = max(PATIENCE - (now - (export.requested_at or now)), HOUR)  # seconds
-    while left > 0:
+    state, empty_answers, now = "requested", 0, time.time()
+    seconds_left = max(PATIENCE - (now - (export.requested_at or now)), HOUR)
+    while seconds_left > 0:
         started = time.time()
         state, links = retry(partial(poll_job, settings, export, state))
         # If the clock jumps, that counts as an hour at most.
-        left -= min(max(time.time() - started, 0), HOUR)
+        seconds_left -= min(max(time.time() - started, 0), HOUR)
         log.log(STEP, "Export: %s%s", state, export.age())
         export.completed = state == "completed" and bool(links)
         if export.completed:
+            export.save()
             return links
-        empty += state == "completed"
-        if empty == 3:  # Links can come late (CircleCI support), or there is no usage.
+        empty_answers += state == "completed"
+        if empty_answers == 3:  # Links can come late (CircleCI support), or there is no usage.
             raise NothingToCollect("The export has no files: no usage in this window.", NO_USAGE)
         if state not in ("created", "processing", "completed"):
             log.warning("The export job has an unknown state: %s. Waiting.", state)
     raise ReportError(f"Export job {export.job_id} is still {state}.", UNFINISHED)
-
-
-# --- Downloading the parts, which stay compressed; each is verified when it arrives ---
-
-
-@dataclass
-class Part:
-    number: int
-    link: str  # signed
-    stem: Path  # of its file
-    received: int = 0  # bytes
-    length: int | None = None  # bytes; None if not known
-
-
-def stored_parts(folder: Path) -> dict[str, Path]:
-    """The complete parts on disk, in order, by the stem of their names. A name ends with the size
-    in bytes: a file of another size is damaged."""
-    found = {}
-    for path in sorted(folder.glob("part-*.csv.gz")):
-        stem, _, size = path.name.partition(".")[0].rpartition("-")
-        if size == str(path.stat().st_size):
-            found[stem] = path
-    return found
-
-
-def part_stems(total: int, digest: str) -> list[str]:
-    return [f"part-{number:04}-of-{total:04}-{digest}" for number in range(1, total + 1)]
-
-
-def collect_parts(settings: Settings, export: Export) -> list[Path]:
-    """The complete parts in order. Those from an earlier run are not downloaded again."""
-    found = stored_parts(export.folder)
-    digests = {stem.rpartition("-")[2] for stem in found}
-    if found and list(found) in [part_stems(len(found), digest) for digest in digests]:
-        return list(found.values())
-    for _ in range(3):
-        links = wait_for_links(settings, export)
-        export.save()
-        # Without signatures, so that new links give the same names.
-        paths = "\n".join(link.partition("?")[0] for link in links)
-        stems = part_stems(len(links), hashlib.sha256(paths.encode()).hexdigest()[:12])
-        pairs = enumerate(zip(links, stems), 1)
-        parts = [Part(number, link, export.folder / stem) for number, (link, stem) in pairs]
-        if download_parts(parts):
-            found = stored_parts(export.folder)
-            return [found[stem] for stem in stems]
-        log.warning("The download links have expired. Asking CircleCI for new links.")
-    raise ReportError("Downloads still fail with new links. Check the network and HTTPS_PROXY.")
-
-
-def download_parts(parts: Sequence[Part]) -> bool:
-    """Download the missing parts, a few at a time. Tries them all, keeps what is complete, and
-    raises the first error. Returns whether all links were still valid."""
-    folder = parts[0].stem.parent
-    stored = stored_parts(folder)
-    missing = [part for part in parts if part.stem.name not in stored]
-    pool = concurrent.futures.ThreadPoolExecutor(PARALLEL_DOWNLOADS)
-    jobs = [pool.submit(retry, partial(download_part, part)) for part in missing]
-    running = set(jobs)
-    while running:
-        running = concurrent.futures.wait(running, timeout=0.2).not_done
-        size = format_size(sum(part.received for part in missing))
-        if all(part.length is not None for part in missing):
-            size += f" of {format_size(sum(part.length or 0 for part in missing))}"
-        complete = len(stored_parts(folder))
-        level = LIVE if running else logging.INFO
-        log.log(level, "Downloaded %s, %d of %d parts complete.", size, complete, len(parts))
-    valid = [job.result() for job in jobs]  # Raises the first error.
-    return all(valid)
-
-
-def download_part(part: Part) -> bool:
-    """Download and verify a part: length and gzip CRC-32. Returns False if its link has expired."""
-    part.received, name = 0, f"Part {part.number}"
-    response = with_timeout(name, ANSWER_SECONDS, send, part.link)
-    status = response.status_code
-    if status in (401, 403):  # CircleCI's links expire after 36 hours.
-        return False
-    if status in (408, 429) or status >= 500:
-        raise RetryableError(f"{name} failed with {status}.", UNFINISHED)
-    if status != 200:
-        raise ReportError(f"{name} failed with {status}. The report needs every part.")
-    response.raw.enforce_content_length = True  # urllib3 1.26 does not do this by default.
-    part.length = response.raw.length_remaining
-    read = partial(with_timeout, name, READ_SECONDS, response.raw.read, READ_BYTES, False)
-    with new_file(part.stem) as file:
-        for block in iter(read, b""):
-            if not part.received and not block.startswith(GZIP):
-                check_start(name, block)  # now, because a web page may never end
-            part.received += file.write(block)
-            if part.received > MAX_PART:
-                raise RetryableError(f"{name} is too large.")
-        file.seek(0)
-        try:
-            content = decompress(file)
-            check_start(name, content.readline(MAX_ROW))
-            while content.read(BLOCK):
-                pass
-        except DAMAGED_GZIP:
-            raise RetryableError(f"{name} is damaged: invalid gzip data.") from None
-        if content is file and part.length is None and not response.raw.chunked:
-            raise RetryableError(f"{name} may be incomplete: the server did not send its size.")
-    os.replace(part.stem, f"{part.stem}-{part.received}.csv.gz")
-    flush_folder(part.stem.parent)
-    log.debug("%s is complete: %d bytes", name, part.received)
-    return True
-
-
-def check_start(name: str, start: bytes) -> None:
-    """Raise RetryableError unless a part is empty or starts like a CSV."""
-    if start and not ROW_START.match(start):
-        text = "is not a CSV file. The server may have sent a web page or JSON."
-        raise RetryableError(f"{name} {text}")
 
 
 # --- Reading parts and rows, whatever their dialect ---
@@ -1032,7 +936,7 @@ ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 def decompress(file: Any) -> Any:
-    """The decompressed content: undoes the file's own gzip, and one the store may have added."""
+    """The content without its gzip layers: the file's own, and one that the store may add."""
     for _ in range(2):
         if file.peek(2)[:2] == GZIP:
             file = gzip.GzipFile(fileobj=file, mode="rb")
@@ -1042,15 +946,15 @@ def decompress(file: Any) -> Any:
 def read_lines(file: Any, first: bytes = b"") -> Iterator[str]:
     """`first` and the lines of a binary file, as text. Splits a line that is too long."""
     lines = chain([first] if first else [], iter(partial(file.readline, MAX_ROW), b""))
-    return map(str, lines, repeat("utf-8"), repeat("replace"))
+    return (line.decode("utf-8", "replace") for line in lines)
 
 
 def read_rows(lines: Iterator[str], columns: int = 0, limit: int = 0) -> Iterator[list[str]]:
     """The cells of each row, or only the first `limit` and the last; a missing value is empty.
 
     If a cell begins with a quote, the row is quoted: "" is a quote, a backslash is a backslash,
-    and \\N is missing. In other rows, \\x is x, and \\N or \\\\N is missing. (From real exports and
-    from Snowflake's unloads, which they resemble.) Raises csv.Error."""
+    and \\N is a missing value. In others, \\x is x, and \\N or \\\\N is a missing value. (Seen in
+    real exports, which resemble Snowflake's unloads.) Raises csv.Error."""
     for line in lines:
         content = line.removesuffix("\n").removesuffix("\r")
         if not content:
@@ -1058,12 +962,11 @@ def read_rows(lines: Iterator[str], columns: int = 0, limit: int = 0) -> Iterato
         quoted = content[0] == '"' or ('"' in content and bool(QUOTED_CELL.search(content)))
         if quoted:
             text, separator = content[1:-1], '","'
+            separators = text.count(separator)
+            usual = content[0] == content[-1] == '"' and content.count('"') == 2 * separators + 2
         else:  # Backslash and NUL stand for an escaped comma, which does not separate cells.
             text, separator = content.replace("\\,", "\\\0"), ","
-        separators = text.count(separator)
-        if quoted:
-            usual = content[0] == content[-1] == '"' and content.count('"') == 2 * separators + 2
-        else:
+            separators = text.count(separator)
             usual = content[-1] != "\\" and "\\\\," not in content
         if usual and limit and separators == columns - 1:  # several times faster
             cells = text.split(separator, limit)
@@ -1098,7 +1001,7 @@ def split_row(line: str, more: Iterator[str], quoted: bool) -> list[str]:
         lines.append(next(more, ""))
         size += len(lines[-1])
         if not lines[-1] or size > MAX_ROW:
-            raise csv.Error("a backslash at the end, or a row that is too long")
+            raise csv.Error("a row ends with a backslash or is too long")
     content = "".join([*lines[:-1], content])
     return ESCAPED_CELL.findall(content + ",")
 
@@ -1108,6 +1011,120 @@ def parse_line(line: bytes) -> tuple[str, ...]:
     with contextlib.suppress(csv.Error):
         return tuple(next(read_rows(iter([line.decode("utf-8-sig", "replace")])), ()))
     return ()
+
+
+# --- Downloading the parts, which stay compressed; each is verified when it arrives ---
+
+
+@dataclass
+class Part:
+    number: int
+    link: str  # signed
+    stem: Path  # of its file
+    received: int = 0  # bytes
+    length: int | None = None  # bytes; None if not known
+
+
+def stored_parts(folder: Path) -> dict[str, Path]:
+    """The complete parts on disk, in order, by the stem of their names. A name includes the size in
+    bytes: a file of another size is damaged."""
+    found = {}
+    for path in sorted(folder.glob("part-*.csv.gz")):
+        stem, _, size = path.name.partition(".")[0].rpartition("-")
+        if size == str(path.stat().st_size):
+            found[stem] = path
+    return found
+
+
+def part_stems(total: int, digest: str) -> list[str]:
+    return [f"part-{number:04}-of-{total:04}-{digest}" for number in range(1, total + 1)]
+
+
+def collect_parts(settings: Settings, export: Export) -> list[Path]:
+    """The complete parts in order. Those from an earlier run are not downloaded again."""
+    found = stored_parts(export.folder)
+    digest = next(iter(found), "").rpartition("-")[2]
+    if found and list(found) == part_stems(len(found), digest):
+        return list(found.values())
+    for _ in range(3):
+        links = wait_for_links(settings, export)
+        # Without signatures, so that new links give the same names.
+        paths = "\n".join(link.partition("?")[0] for link in links)
+        stems = part_stems(len(links), hashlib.sha256(paths.encode()).hexdigest()[:12])
+        pairs = enumerate(zip(links, stems), 1)
+        parts = [Part(number, link, export.folder / stem) for number, (link, stem) in pairs]
+        if download_parts(parts):
+            found = stored_parts(export.folder)
+            return [found[stem] for stem in stems]
+        log.warning("The download links have expired. Asking CircleCI for new links.")
+    raise ReportError("Downloads still fail with new links. Check the network and HTTPS_PROXY.")
+
+
+def download_parts(parts: Sequence[Part]) -> bool:
+    """Download the missing parts, a few at a time. Tries them all, keeps what is complete, and
+    raises the first error. Returns whether all links were still valid."""
+    folder = parts[0].stem.parent
+    stored = stored_parts(folder)
+    missing = [part for part in parts if part.stem.name not in stored]
+    pool = concurrent.futures.ThreadPoolExecutor(PARALLEL_DOWNLOADS)
+    jobs = [pool.submit(retry, partial(download_part, part)) for part in missing]
+    running = set(jobs)
+    while running:
+        running = concurrent.futures.wait(running, timeout=0.2).not_done
+        size = format_size(sum(part.received for part in missing))
+        if all(part.length is not None for part in missing):
+            size += f" of {format_size(sum(part.length or 0 for part in missing))}"
+        complete = len(stored_parts(folder))
+        level = LIVE if running else logging.INFO
+        log.log(level, "Downloaded %s, %d of %d parts complete.", size, complete, len(parts))
+    links_valid = [job.result() for job in jobs]  # Raises the first error.
+    return all(links_valid)
+
+
+def download_part(part: Part) -> bool:
+    """Download and verify a part: length and gzip CRC-32. Returns False if its link has expired."""
+    part.received, name = 0, f"Part {part.number}"
+    response = with_timeout(name, ANSWER_SECONDS, send, part.link)
+    status = response.status_code
+    if status in (401, 403):  # CircleCI's links expire after 36 hours.
+        return False
+    if status in (408, 429) or status >= 500:
+        raise RetryableError(f"{name} failed with {status}.", UNFINISHED)
+    if status != 200:
+        raise ReportError(f"{name} failed with {status}. The report needs every part.")
+    response.raw.enforce_content_length = True  # urllib3 1.26 does not do this by default.
+    part.length = response.raw.length_remaining
+    # False: without undoing a Content-Encoding, so that the bytes can be counted and checked.
+    read = partial(with_timeout, name, READ_SECONDS, response.raw.read, READ_BYTES, False)
+    with new_file(part.stem) as file:
+        for block in iter(read, b""):
+            if not part.received and not block.startswith(GZIP):
+                check_start(name, block)  # now, because a web page may never end
+            part.received += file.write(block)
+            if part.received > MAX_PART:
+                raise RetryableError(f"{name} is too large.")
+        file.seek(0)
+        try:
+            content = decompress(file)
+            check_start(name, content.readline(MAX_ROW))
+            while content.read(BLOCK):
+                pass
+        except DAMAGED_GZIP:
+            raise RetryableError(f"{name} is damaged: invalid gzip data.") from None
+        compressed = content is not file
+        if not compressed and part.length is None and not response.raw.chunked:
+            raise RetryableError(f"{name} may be incomplete: the server did not send its size.")
+    os.replace(part.stem, f"{part.stem}-{part.received}.csv.gz")
+    flush_folder(part.stem.parent)
+    log.debug("%s is complete: %d bytes", name, part.received)
+    return True
+
+
+def check_start(name: str, start: bytes) -> None:
+    """Raise RetryableError unless a part is empty or starts like a CSV."""
+    if start and not ROW_START.match(start):
+        text = "is not a CSV file. The server may have sent a web page or JSON."
+        raise RetryableError(f"{name} {text}")
 
 
 # --- Merging: the header once, then every row of every part ---
@@ -1126,7 +1143,7 @@ def merge_parts(parts: Sequence[Path], report: BinaryIO, plain: bool) -> None:
                 suspect.unlink()  # so that the next run downloads it again
             raise ReportError(f"Part {number} {error}.") from None
         except csv.Error as error:
-            hint = "Without --plain, you get the rows as CircleCI wrote them."
+            hint = "Run without --plain to get the rows as CircleCI wrote them."
             raise ReportError(f"Part {number}: {error}. {hint}") from None
         except DAMAGED_GZIP:
             path.unlink()
@@ -1137,7 +1154,7 @@ def merge_parts(parts: Sequence[Path], report: BinaryIO, plain: bool) -> None:
 
 def merge_part(content: Any, header: bytes, report: BinaryIO, plain: bool) -> bytes:
     """Write one part. Returns the header line, which is empty until a part has one. Raises
-    ValueError if the first line is neither a header nor a row that fits, csv.Error for others."""
+    ValueError if the first line is neither a header nor a fitting row, csv.Error for a bad row."""
     line = content.readline(MAX_ROW)
     line = line.removeprefix(BOM) if header or plain else line
     if line in (b"", BOM):
@@ -1149,12 +1166,12 @@ def merge_part(content: Any, header: bytes, report: BinaryIO, plain: bool) -> by
             raise ValueError("is not a usage export: it has no column names")
         header = line
     elif cells == columns:
-        line = b""
+        line = b""  # The header is written once.
     elif len(common) > 1 or len(cells) != len(columns):  # another header, or not a row
         changes = [f"without {name}" for name in columns if name not in common]
         changes += [f"with {name}" for name in cells if name not in common]
         text = clean(", ".join(changes)) or "in a different order"
-        raise ValueError(f"has {len(cells)} columns, part 1 has {len(columns)}: {text}")
+        raise ValueError(f"has {len(cells)} columns, but part 1 has {len(columns)}: {text}")
     if plain:
         text_file = io.TextIOWrapper(report, "utf-8", newline="")
         csv.writer(text_file).writerows(read_rows(read_lines(content, line), len(cells)))
@@ -1168,11 +1185,10 @@ def merge_part(content: Any, header: bytes, report: BinaryIO, plain: bool) -> by
 
 
 def publish_report(export: Export, label: str, plain: bool) -> Path:
-    """Move the merged file into place atomically, never over another file. Returns its path."""
-    report, moment = export.folder, time.time()  # The folder's own name is taken.
-    while report.exists():
-        stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(moment))
-        report, moment = export.folder.with_name(f"all_orgs_{stamp}_{label}.csv"), moment + 1
+    """Move the merged file into place atomically, under a free name. Returns its path."""
+    times = map(time.localtime, count(time.time()))
+    names = (time.strftime(f"all_orgs_%Y%m%d_%H%M%S_{label}.csv", moment) for moment in times)
+    report = next(path for path in map(export.folder.with_name, names) if not path.exists())
     export.report, export.plain = report.name, plain
     export.save()  # so that the next run recognizes the report if this one is killed
     try:
@@ -1194,19 +1210,20 @@ Usage = dict[Key, tuple[int, Decimal, str]]  # rows, credits, and name
 
 
 def count_usage(report: Path, plain: bool) -> Usage:
-    """Raises ValueError or csv.Error if the usage cannot be counted exactly."""
+    """Count rows and credits. Raises ValueError or csv.Error if that cannot be done exactly."""
     usage: Usage = {(): (0, Decimal(), "")}
     with open(report, "rb") as file:
         columns = parse_line(file.readline(MAX_ROW))
         missing = [name for name in COUNTED if name not in columns]
         if missing:
-            raise ValueError(f"the report has no column {', '.join(missing)}")
+            raise ValueError(f"the report lacks {', '.join(missing)}")
         indexes = [columns.index(name) for name in COUNTED]
-        limit = 1 + max(index for index in indexes if index < len(columns) - 1)
-        pick = itemgetter(*(index if index < limit else -1 for index in indexes))
+        last = len(columns) - 1
+        limit = 1 + max(index for index in indexes if index < last)
+        pick = itemgetter(*(-1 if index == last else index for index in indexes))
         lines = read_lines(file)
         rows = csv.reader(lines, strict=True) if plain else read_rows(lines, len(columns), limit)
-        # Many rows have the same cells here. Counting those first is faster.
+        # Many rows share these cells. Counting duplicates first is faster.
         for chunk in iter(lambda: Counter(map(pick, islice(rows, 1 << 16))), Counter()):
             for row, times in chunk.items():
                 organization_id, organization, project_id, project, credits = row
@@ -1214,8 +1231,8 @@ def count_usage(report: Path, plain: bool) -> Usage:
                     raise ValueError(f"{clean(credits)} is not a valid number of credits")
                 key, used = (organization_id.lower(), project_id), Decimal(credits or 0) * times
                 for size, name in enumerate(("", organization, project)):
-                    count, total, _ = usage.get(key[:size], (0, Decimal(), ""))
-                    usage[key[:size]] = count + times, total + used, name
+                    row_count, total, _ = usage.get(key[:size], (0, Decimal(), ""))
+                    usage[key[:size]] = row_count + times, total + used, name
     return usage
 
 
@@ -1228,20 +1245,23 @@ def show_summary(
     names.update({(key,): name for key, name in organizations.items() if name})
     bar = 20 if 80 <= width < LOG_WIDTH else 0
     tables: list[list[list[str]]] = [[], [], []]  # the total, organizations, projects
-    for key, (count, total, _) in sorted(usage.items(), key=lambda item: (-item[1][1], item[0])):
+    for key, (row_count, total, _) in sorted(
+        usage.items(), key=lambda item: (-item[1][1], item[0])
+    ):
         share = total / usage[()][1] if usage[()][1] else Decimal()
-        labels = [names[key[:size]] for size in (2, 1) if size <= len(key)]
-        figures = [f"{count:,}", f"{total.normalize():,f}", f"{share:.1%}"]
+        labels = [names[key[:size]] for size in range(len(key), 0, -1)]
+        figures = [f"{row_count:,}", f"{total.normalize():,f}", f"{share:.1%}"]
         tables[len(key)].append([*labels, *figures, ("#" * round(bar * share)).ljust(bar)])
-    unused = [name or each for each, name in organizations.items() if (each,) not in usage]
-    tables[1] += [[name, "no usage", "", "", ""] for name in unused]
+    (overall,), by_organization, by_project = tables
+    unused = [name or key for key, name in organizations.items() if (key,) not in usage]
+    by_organization += [[name, "no usage", "", "", ""] for name in unused]
     titles = ["ROWS", "CREDITS", "SHARE"]
-    rows = [["ORGANIZATION", *titles, ""], *tables[1], ["Total", *tables[0][0]]]
+    rows = [["ORGANIZATION", *titles, ""], *by_organization, ["Total", *overall]]
     log.log(TABLE, "%s", format_table(rows, 1, width))
-    rows = [["PROJECT", "ORGANIZATION", *titles], *(row[:5] for row in tables[2][:MAX_LISTED])]
+    rows = [["PROJECT", "ORGANIZATION", *titles], *(row[:5] for row in by_project[:MAX_LISTED])]
     log.log(TABLE, "%s", format_table(rows, 2, width))
     size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
-    log.info("%s rows, %s, %s", tables[0][0][0], size, duration)
+    log.info("%s rows, %s, %s", overall[0], size, duration)
 
 
 # --- The run ---
@@ -1266,7 +1286,7 @@ def show_request(settings: Settings, organizations: Mapping[str, str], width: in
 def obtain_parts(
     settings: Settings, export: Export, request: Callable[[], Export]
 ) -> tuple[Export, list[Path]]:
-    """The export and its complete parts. If the job does not exist, it is requested again, once."""
+    """The export and its complete parts. Requests a missing job again, once (not with --job-id)."""
     export = export if export.job_id else request()
     log.info("This can take up to 4 hours. Ctrl-C is safe: run the same command to resume.")
     try:
@@ -1295,8 +1315,8 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
     show_request(settings, organizations, console.width())
     body = {"start": settings.start, "end": settings.end, "shared_org_ids": list(organizations)}
     if args.dry_run:
-        post = f"POST {settings.exports}\n{json.dumps(body, indent=2)}"
-        text = f"GET {settings.exports}/{settings.job_id}" if settings.job_id else post
+        post = f"POST {settings.jobs_path}\n{json.dumps(body, indent=2)}"
+        text = f"GET {settings.jobs_path}/{settings.job_id}" if settings.job_id else post
         log.info("Dry run. The next request would be:\n%s", text)
         return 0
     folder = find_folder(settings, organizations)
@@ -1304,7 +1324,7 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
         export = resume_export(folder, settings)
         interruption.advice = COLLECT if export.job_id else AGAIN
         report = settings.output / export.report
-        if not report.is_file() or export.plain != args.plain:  # No earlier run has published it.
+        if not report.is_file() or export.plain != args.plain:  # not published yet in this format
             request = partial(request_export, settings, body, folder, interruption)
             export, parts = obtain_parts(settings, export, request)
             with new_file(folder / MERGED) as file:
@@ -1320,7 +1340,7 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
     if not args.quiet:
         try:
             show_summary(report, args.plain, organizations, console.width(), started)
-        except Exception as error:  # The report is published all the same.
+        except Exception as error:  # The report is published anyway.
             log.warning("No summary: %s. The report is complete.", clean(error))
     return 0
 
@@ -1345,12 +1365,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         code, text = FAILED, f"Unexpected error: {clean(repr(error))}. Use --verbose for details."
         log.debug("%s", traceback.format_exc())
-    if not interruption.repeatable:
-        code = FAILED  # so that no cron job repeats it
     if interruption.advice == COLLECT:
         text += f" The export is kept in {interruption.folder}. Run the same command to resume."
-    elif code == UNFINISHED or interruption.advice != AGAIN:
-        text += f" {interruption.advice}"
+    elif interruption.advice != AGAIN:  # Running the same command again could cost another export.
+        code, text = FAILED, f"{text} {interruption.advice}"
+    elif code == UNFINISHED:
+        text += f" {AGAIN}"
     log.error("%s", text)
     return code
 

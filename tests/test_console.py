@@ -28,7 +28,7 @@ def test_in_a_log_each_line_has_a_timestamp(fake, run):
     result = run("--verbose")
     assert result.code == 0
     assert all(LINE.fullmatch(line) for line in result.err.splitlines()), result.err
-    polls = re.findall("Z Export: (?:created|processing|completed) after", result.err)
+    polls = re.findall(r"Z Export: (?:created|processing|completed) \(", result.err)
     assert len(polls) == len(fake.requests("GET"))
     assert "Next check" not in result.err and result.err.count("Downloaded ") == 1
 

@@ -215,7 +215,7 @@ def test_every_form_of_a_part_is_accepted(fake, run, output, answer):
         pytest.param(
             Answer(PARTS[1].replace(b"PROJECT_ID,", b"").replace(b"JOB_ID", b"RUN_ID")),
             1,
-            "Part 2 has 47 columns, part 1 has 48: without PROJECT_ID, without JOB_ID, with RUN_ID",
+            "has 47 columns, but part 1 has 48: without PROJECT_ID, without JOB_ID, with RUN_ID",
             id="other columns",
         ),
         pytest.param(
@@ -233,19 +233,19 @@ def test_every_form_of_a_part_is_accepted(fake, run, output, answer):
         pytest.param(
             Answer(b"Try again later, please.\n"),
             1,
-            "Part 2 has 2 columns, part 1 has 48: without ORGANIZATION_ID",
+            "Part 2 has 2 columns, but part 1 has 48: without ORGANIZATION_ID",
             id="a sentence with a comma",
         ),
         pytest.param(
             Answer(b"x," * 2_000_000),
             1,
-            "Part 2 has 524289 columns, part 1 has 48",
+            "Part 2 has 524289 columns, but part 1 has 48",
             id="a line of several megabytes",
         ),
         pytest.param(
             Answer(b'"' + b"x," * 2_000_000),
             1,
-            "Part 2 has 0 columns, part 1 has 48",
+            "Part 2 has 0 columns, but part 1 has 48",
             id="a quote that is never closed",
         ),
     ],
@@ -301,7 +301,7 @@ def test_a_download_that_is_too_slow_is_aborted_and_retried(fake, run, monkeypat
     started = time.perf_counter()
     result = run()
     assert result.code == 0, result.err
-    assert "Part 2 failed: no complete response in time" in result.err
+    assert "Part 2 failed: the response timed out" in result.err
     assert result.report.read_bytes() == WHOLE
     assert time.perf_counter() - started < 2
 

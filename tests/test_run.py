@@ -340,7 +340,7 @@ def test_a_post_that_times_out_is_sent_once_more(fake, run, monkeypatch):
     monkeypatch.setattr(usage_report, "TIMEOUTS", (1, 0.1))
     fake.post_seconds = 0.3
     result = run()
-    assert result.code == 1 and "no complete response in time" in result.last_line
+    assert result.code == 1 and "the response timed out" in result.last_line
     assert UNKNOWN in result.last_line and len(fake.requests("POST")) == 2
 
 
@@ -483,7 +483,7 @@ NETWORK = [
     pytest.param(
         *("connecting times out", False, "connecting timed out. Check the network"), marks=LINUX
     ),
-    ("no answer", True, "no complete response in time"),
+    ("no answer", True, "the response timed out"),
     ("connection lost", True, "connection lost"),
 ]
 
@@ -597,7 +597,7 @@ BOMB = Answer(usage_report.gzip.compress(bytes(30_000_000)), headers={"Content-E
 MALICE = [
     pytest.param(ENDLESS, 75, "the response is too large", id="endless"),
     pytest.param(BOMB, 75, "the response is too large", id="a gzip bomb"),
-    pytest.param(Answer(b" " * 99, pause=0.03, bytes_a_write=1), 75, "in time", id="dripping"),
+    pytest.param(Answer(b" " * 99, pause=0.03, bytes_a_write=1), 75, "timed out", id="dripping"),
     pytest.param(Answer(b"[" * 100_000), 1, "unexpected data", id="100,000 levels, open"),
     pytest.param(Answer(b"[" * 10**5 + b"]" * 10**5), 1, "unexpected data", id="100,000 levels"),
     pytest.param(Answer(b'{"a":' * 10**5 + b"}" * 10**5), 1, "unexpected data", id="100,000 dicts"),
@@ -651,8 +651,8 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
     [
         pytest.param([OK] + [b"a: b\r\n"] * 999, 0, "failed: ", id="999 headers"),
         pytest.param([OK + b"a" * 99_999], 0, "failed: ", id="a long header"),
-        pytest.param([OK, *[b"a"] * 40], 0.02, "in time", id="a dripping header"),
-        pytest.param([b"HTTP/1.1 100 \r\n\r\n"] * 40, 0.02, "in time", id="100 again and again"),
+        pytest.param([OK, *[b"a"] * 40], 0.02, "timed out", id="a dripping header"),
+        pytest.param([b"HTTP/1.1 100 \r\n\r\n"] * 40, 0.02, "timed out", id="100 again and again"),
         pytest.param([b"HTTP/1.1 999999 \r\n\r\n"], 0, "failed: ", id="status 999999"),
         pytest.param([b"SSH-2.0-OpenSSH\r\n"], 0, "failed: ", id="SSH"),
         pytest.param([b"\x16\x03\x01\x00\xff" * 99], 0, "failed: ", id="TLS"),
@@ -677,7 +677,7 @@ def test_a_read_timeout(fake, run, monkeypatch):
     result = run()
     assert result.code == 75
     url = f"{fake.url}/api/v2/me"
-    assert f"GET {url} failed: no complete response in time" in result.last_line
+    assert f"GET {url} failed: the response timed out" in result.last_line
 
 
 @pytest.mark.parametrize(
@@ -696,7 +696,7 @@ def test_without_a_valid_retry_after_a_429_waits_a_tenth_of_the_hour(fake, run, 
 def test_a_job_that_is_not_ready_is_waited_for(fake, run, state):
     fake.odd_states = [state]
     result = run()
-    assert result.code == 0 and f"Export: {state} after 15 s" in result.err
+    assert result.code == 0 and f"Export: {state} (15 s)" in result.err
     assert ("unknown state: pondering. Waiting." in result.err) == (state == "pondering")
 
 

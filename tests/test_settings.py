@@ -134,7 +134,7 @@ INVALID = [
     case("period beside --job-id", "--period must be", "--job-id", PRIMARY, "--period", "x"),
     case(
         "output is a device",
-        "Cannot write to .*Use --output-dir with another folder, such as reports",
+        "Cannot write to .*Use --output-dir with another folder, such as ./reports",
         *["--output-dir", os.devnull],
     ),
     case("output is a program", "Cannot write to ", "--output-dir", sys.executable),
@@ -142,7 +142,7 @@ INVALID = [
     case("output inside a device", "Cannot write to ", "--output-dir", f"{os.devnull}/x"),
     case(
         "missing env file",
-        "Cannot read .*missing.env: No such file.*Copy .env.example to .env",
+        "Cannot read .*missing.env: No such file.*use --env-file with another one",
         *["--env-file", "missing.env"],
     ),
     case("env file is a folder", "Cannot read ", "--env-file", "."),
@@ -232,7 +232,7 @@ def test_an_env_file_in_another_encoding(fake, run, tmp_path):
         pytest.param(["--last-7-days"], "Did you mean --period last-7-days?", id="as a flag"),
         pytest.param(["--sart", "2026-01-01"], "Did you mean --start?", id="a typing error"),
         pytest.param(["--output", "x"], "Did you mean --output-dir?", id="an abbreviation"),
-        pytest.param(["extra"], "unknown argument. Did you mean --help?", id="anything else"),
+        pytest.param(["extra"], "unknown argument. See --help.", id="anything else"),
         pytest.param(["--quiet", "--verbose"], "not allowed with", id="quiet and verbose"),
         pytest.param(["--start"], "--start: expected one argument", id="a flag without its value"),
     ],

@@ -202,7 +202,7 @@ def test_credits_that_cannot_be_counted_cost_only_the_summary(fake, run, credits
 @pytest.mark.parametrize(
     "content, text",
     [
-        pytest.param(b"A,B\n1,2\n", "no column ORGANIZATION_ID", id="other columns"),
+        pytest.param(b"A,B\n1,2\n", "lacks ORGANIZATION_ID", id="other columns"),
         pytest.param(HEADER + ROW + b"x,y\n", "", id="a row that is too short"),
         pytest.param(HEADER + b"x," + ROW, "", id="a row that is too long"),
         pytest.param(HEADER + ROW + b'"' + ROW, "", id="a quote that is never closed"),
