@@ -5,10 +5,10 @@
 
 The run is the real script, from its start to the printed path ("published") and to its end with
 the summary. The pipeline is `curl | gunzip > out; curl | gunzip | tail -n +2 >> out; ...`. Both
-fetch from one store on loopback and alternate; times are medians of 3, and ratios are to the
-pipeline. Disk is the peak size of the output folder, next to what is needed: the report and the
-compressed parts. The rows resemble a real export (600 bytes, compressed to a fifth). Takes a minute
-and a half on 2 cores, and needs Linux, curl, gunzip, tail, and 1 GB of disk.
+fetch from one store on loopback and alternate. Times are medians of 3 (--large: one run), and
+ratios are to the pipeline. Disk is the peak size of the output folder, next to what is needed: the
+report and the compressed parts. The rows resemble a real export (600 bytes, compressed to a fifth).
+Takes a minute and a half on 2 cores, and needs Linux, curl, gunzip, tail, and 1 GB of disk.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def run(fake: FakeCircleCI, folder: Path, *flags: str) -> Measured:
     fake.clock, started, memory, disk = fast.time, time.perf_counter(), 0, 0
     child = fast.start(fake, "--output-dir", folder, *flags)
     assert child.stdout and child.stderr
-    path: list[tuple[float, str]] = []
+    printed: list[tuple[float, str]] = []
     err: list[str] = []
     readers = [
         threading.Thread(
-            target=lambda: path.extend((time.perf_counter(), line) for line in child.stdout)
+            target=lambda: printed.extend((time.perf_counter(), line) for line in child.stdout)
         ),
         threading.Thread(target=lambda: err.append(child.stderr.read())),
     ]
@@ -98,7 +98,7 @@ def run(fake: FakeCircleCI, folder: Path, *flags: str) -> Measured:
     for reader in readers:
         reader.join()
     assert child.returncode == 0 and "Total" in err[0], err
-    ((published, line),) = path
+    ((published, line),) = printed
     return Measured(published - started, ended - started, memory, disk, Path(line.strip()))
 
 
@@ -169,5 +169,11 @@ if __name__ == "__main__":
     compare("escaped, --plain,  40 MB", "escaped", 4, 40 * MB, flags=("--plain",))
     compare("quoted,  --plain,  40 MB", "quoted", 4, 40 * MB, flags=("--plain",))
     compare(
-        "slow store, 6 x 600 kB/s", "escaped", 6, 18 * MB, rounds=1, bytes_a_write=6000, pause=0.01
+        "slow store, 6 x 600 kB/s",
+        "escaped",
+        6,
+        18 * MB,
+        rounds=1,
+        bytes_per_write=6000,
+        pause=0.01,
     )

@@ -92,9 +92,9 @@ class FastTime:
         )
 
     def run(self, fake: FakeCircleCI, *command: str | Path, **options: Any) -> Result:
-        return ended(self.start(fake, *command, **options))
+        return wait_for_exit(self.start(fake, *command, **options))
 
 
-def ended(child: subprocess.Popen[str]) -> Result:
+def wait_for_exit(child: subprocess.Popen[str]) -> Result:
     out, err = child.communicate(timeout=60)
     return Result(child.returncode, out, err)

@@ -1,4 +1,4 @@
-"""Crashes of a run in this process, and trouble with its files, at a chosen moment."""
+"""Crashes of a run in this process, and failures of file operations, at a chosen moment."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def kill_before(number: int) -> Callable[[int, str], None]:
     return before
 
 
-def kill_at(wanted: str) -> Callable[[int, str], None]:
+def kill_before_first(wanted: str) -> Callable[[int, str], None]:
     """Kill at the first operation that begins with this text."""
 
     def before(count: int, operation: str) -> None:
@@ -138,7 +138,7 @@ def crash(
     run: Callable[..., Any], output: Path, at: str, *arguments: str, **variables: str
 ) -> None:
     """A run that is killed at the first operation that begins with this text."""
-    with watch(output, kill_at(at)) as disk, contextlib.suppress(Killed):
+    with watch(output, kill_before_first(at)) as disk, contextlib.suppress(Killed):
         run(*arguments, **variables)
     assert disk.dead, f"no operation is {at}: {disk.operations}"
 
@@ -146,7 +146,7 @@ def crash(
 def crash_after(
     seconds: float, clock: Clock, run: Callable[..., Any], *arguments: str, **variables: str
 ) -> None:
-    """A run that is killed while it waits, so many seconds from now."""
+    """A run that is killed while it waits, this many seconds from now."""
     end = clock.now + seconds
 
     def sleep(pause: float) -> None:

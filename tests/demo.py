@@ -77,7 +77,7 @@ def run_script(fake: FakeCircleCI, folder: str, *flags: str) -> int:
 
 
 def sample(report: Path) -> str:
-    """The start of the first row that has a name with a comma. IDs are shortened."""
+    """The start of the first row that has a name with a comma. IDs are replaced by an ellipsis."""
     with report.open(encoding="utf-8") as lines:
         line = next(line for line in lines if "Research" in line)
     return re.sub("[0-9a-f]{4}[0-9a-f-]{32}", "\u2026", line)[:60] + "\u2026"

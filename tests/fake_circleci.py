@@ -3,7 +3,7 @@
 Two ports, threads, standard library only. The API checks the token, the body of the POST, and
 UUIDs, changes the state of a job over time, and grants 10 POSTs and 10 GETs an hour per
 organization. The store takes a link only with its signature and before it expires, and refuses a
-request that carries credentials. A test plans trouble with `plan` (API) and with the answers of a
+request that carries credentials. A test plans failures with `plan` (API) and with the answers of a
 part (store).
 """
 
@@ -160,7 +160,7 @@ def make_rows(
 
 @lru_cache
 def make_usage(dialect: str) -> dict[str, list[bytes]]:
-    """20 rows by organization, for the first two organizations."""
+    """20 rows per organization, for the first two organizations."""
     return {
         organization_id: make_rows(20, organization_id, name, dialect=dialect)
         for organization_id, name in list(ORGANIZATIONS.items())[:2]
@@ -168,7 +168,7 @@ def make_usage(dialect: str) -> dict[str, list[bytes]]:
 
 
 def split(rows: list[bytes], parts: int) -> list[list[bytes]]:
-    """The rows in as many runs, in order."""
+    """The rows in `parts` slices, in order."""
     edges = [len(rows) * n // parts for n in range(parts + 1)]
     return [rows[start:end] for start, end in zip(edges, edges[1:])]
 
@@ -180,13 +180,13 @@ class Answer:
     body: bytes = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    cut: int | None = None  # close the connection after so many bytes of the body
+    cut: int | None = None  # close the connection after this many bytes of the body
     length: bool = True  # send Content-Length
     chunked: bool = False
-    bytes_a_write: int = 1 << 16
+    bytes_per_write: int = 1 << 16
     pause: float = 0.0  # real seconds between two writes
     drop: bool = False  # no answer at all
-    late: bool = False  # API: carry out the request, then send this answer instead
+    replaced: bool = False  # API: carry out the request, then send this answer instead
     endless: bool = False  # send the body again and again until the client hangs up
 
 
@@ -350,14 +350,14 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         self.end_headers()
         body = answer.body[: answer.cut]
-        starts = range(0, len(body), answer.bytes_a_write)
+        starts = range(0, len(body), answer.bytes_per_write)
         for n, start in enumerate(itertools.cycle(starts) if answer.endless else starts):
             if self.fake.closed:
                 self.close_connection = True
                 return
             if n and answer.pause:
                 real_sleep(answer.pause)
-            piece = body[start : start + answer.bytes_a_write]
+            piece = body[start : start + answer.bytes_per_write]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if answer.chunked else piece)
         if answer.chunked and whole:
             self.wfile.write(b"0\r\n\r\n")
@@ -386,7 +386,7 @@ class ApiHandler(Handler):
         kind = seen.method if export else "shares" if shares else path.rsplit("/", 1)[-1]
         with fake.lock:
             planned = fake.planned[kind].pop(0) if fake.planned[kind] else None
-            if planned and not planned.late:
+            if planned and not planned.replaced:
                 return planned
             if seen.headers.get("Circle-Token") != fake.token:
                 return problem(401, "Invalid token provided.")

@@ -42,7 +42,7 @@ def zipped(content: bytes) -> bytes:
     return file.getvalue()
 
 
-def no_rows(body: bytes) -> list[Answer]:
+def bad_then_good(body: bytes) -> list[Answer]:
     return [Answer(body), Answer(gzip.compress(body)), GOOD]
 
 
@@ -84,29 +84,29 @@ def no_rows(body: bytes) -> list[Answer]:
             id="Content-Length too large",
         ),
         pytest.param([Answer(GZIPPED[1] + b"more"), GOOD], id="bytes after the gzip stream"),
-        pytest.param(no_rows(b"<html><body>Log in</body></html>"), id="HTML with 200"),
-        pytest.param(no_rows(b"\xef\xbb\xbf \n<!DOCTYPE html>"), id="HTML behind a BOM"),
+        pytest.param(bad_then_good(b"<html><body>Log in</body></html>"), id="HTML with 200"),
+        pytest.param(bad_then_good(b"\xef\xbb\xbf \n<!DOCTYPE html>"), id="HTML behind a BOM"),
         pytest.param(
-            no_rows(b" " * 900 + b"<!-- S3 --><body>Sign in, please"),
+            bad_then_good(b" " * 900 + b"<!-- S3 --><body>Sign in, please"),
             id="HTML behind blanks",
         ),
         pytest.param(
-            no_rows(b'<?xml version="1.0"?><Error><Code>SlowDown</Code></Error>'),
+            bad_then_good(b'<?xml version="1.0"?><Error><Code>SlowDown</Code></Error>'),
             id="XML with 200",
         ),
-        pytest.param(no_rows(b'{"message": "Wait, then try again."}'), id="JSON with 200"),
-        pytest.param(no_rows(b'["a", "b"]'), id="a JSON list"),
-        pytest.param(no_rows(b"null"), id="null"),
-        pytest.param(no_rows(b"[]"), id="[]"),
-        pytest.param(no_rows(b'""'), id="an empty JSON string"),
-        pytest.param(no_rows(b"\n\n"), id="blank lines"),
-        pytest.param(no_rows(b"upstream connect error"), id="a sentence"),
-        pytest.param(no_rows(zipped(PARTS[1])), id="zip"),
-        pytest.param(no_rows(bz2.compress(PARTS[1])), id="bzip2"),
-        pytest.param(no_rows(lzma.compress(PARTS[1])), id="xz"),
-        pytest.param(no_rows(b"\x28\xb5\x2f\xfd\x04\x00A,B,C\n1,2,3\n"), id="zstd"),
-        pytest.param(no_rows(b"PAR1\x15\x04,\x15\x00"), id="Parquet"),
-        pytest.param(no_rows(PARTS[1].decode().encode("utf-16")), id="UTF-16"),
+        pytest.param(bad_then_good(b'{"message": "Wait, then try again."}'), id="JSON with 200"),
+        pytest.param(bad_then_good(b'["a", "b"]'), id="a JSON list"),
+        pytest.param(bad_then_good(b"null"), id="null"),
+        pytest.param(bad_then_good(b"[]"), id="[]"),
+        pytest.param(bad_then_good(b'""'), id="an empty JSON string"),
+        pytest.param(bad_then_good(b"\n\n"), id="empty lines"),
+        pytest.param(bad_then_good(b"upstream connect error"), id="a sentence"),
+        pytest.param(bad_then_good(zipped(PARTS[1])), id="zip"),
+        pytest.param(bad_then_good(bz2.compress(PARTS[1])), id="bzip2"),
+        pytest.param(bad_then_good(lzma.compress(PARTS[1])), id="xz"),
+        pytest.param(bad_then_good(b"\x28\xb5\x2f\xfd\x04\x00A,B,C\n1,2,3\n"), id="zstd"),
+        pytest.param(bad_then_good(b"PAR1\x15\x04,\x15\x00"), id="Parquet"),
+        pytest.param(bad_then_good(PARTS[1].decode().encode("utf-16")), id="UTF-16"),
         pytest.param(
             [Answer(gzip.compress(gzip.compress(GZIPPED[1]))), GOOD],
             id="gzip three times",
@@ -117,11 +117,11 @@ def no_rows(body: bytes) -> list[Answer]:
                 Answer(PARTS[1], cut=500, length=False, headers={"Transfer-Encoding": "identity"}),
                 GOOD,
             ],
-            id="not compressed, no length, and not chunked",
+            id="cut, not compressed, Transfer-Encoding: identity",
         ),
     ],
 )
-def test_a_problem_that_passes_is_retried(fake, run, output, answers):
+def test_a_temporary_problem_is_retried(fake, run, output, answers):
     fake.parts = [[FIRST], list(answers), [LAST]]
     result = run("--verbose")
     assert result.code == 0, result.err
@@ -148,9 +148,11 @@ def test_a_problem_that_passes_is_retried(fake, run, output, answers):
         pytest.param(Answer(PARTS[1]), id="not compressed"),
         pytest.param(Answer(PARTS[1], chunked=True), id="not compressed, chunked"),
         pytest.param(Answer(GZIPPED[1], length=False), id="no Content-Length"),
-        pytest.param(Answer(GZIPPED[1], bytes_a_write=1), id="byte by byte"),
-        pytest.param(Answer(GZIPPED[1], bytes_a_write=1, chunked=True), id="byte by byte, chunked"),
-        pytest.param(Answer(GZIPPED[1], bytes_a_write=HALF, pause=0.05), id="in two pieces"),
+        pytest.param(Answer(GZIPPED[1], bytes_per_write=1), id="byte by byte"),
+        pytest.param(
+            Answer(GZIPPED[1], bytes_per_write=1, chunked=True), id="byte by byte, chunked"
+        ),
+        pytest.param(Answer(GZIPPED[1], bytes_per_write=HALF, pause=0.05), id="in two pieces"),
         pytest.param(Answer(PARTS[1][:-1]), id="no newline at the end"),
         pytest.param(Answer(b"".join(PARTS[1].splitlines(True)[1:])), id="no header"),
         pytest.param(Answer(b"\xef\xbb\xbf" + PARTS[1]), id="a BOM in a later part"),
@@ -160,7 +162,7 @@ def test_a_problem_that_passes_is_retried(fake, run, output, answers):
         ),
     ],
 )
-def test_every_form_of_a_part_is_accepted(fake, run, output, answer):
+def test_every_valid_form_of_a_part_is_accepted(fake, run, output, answer):
     fake.parts = [[FIRST], [answer], [LAST]]
     result = run()
     assert result.code == 0, result.err
@@ -250,7 +252,7 @@ def test_every_form_of_a_part_is_accepted(fake, run, output, answer):
         ),
     ],
 )
-def test_a_permanent_problem_leaves_no_report_and_keeps_the_other_parts(
+def test_a_lasting_problem_leaves_no_report_and_the_next_run_recovers(
     fake, run, output, answer, code, text
 ):
     fake.parts = [[FIRST], [answer], [LAST]]
@@ -269,7 +271,7 @@ def test_a_permanent_problem_leaves_no_report_and_keeps_the_other_parts(
     assert len(fake.jobs) == 1 and leftovers(output) == []
 
 
-def test_a_missing_part_counts_more_than_an_expired_link(fake, run):
+def test_a_missing_part_ends_the_run_even_if_another_link_has_expired(fake, run):
     """New links would not bring it back."""
     fake.parts = [[problem(403, "?")], [problem(404, "?")], [LAST]]
     result = run()
@@ -280,17 +282,17 @@ def test_a_missing_part_counts_more_than_an_expired_link(fake, run):
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param(Answer(GZIPPED[1], bytes_a_write=200, pause=0.3), id="a stall"),
-        pytest.param(Answer(GZIPPED[1], bytes_a_write=1, pause=0.02), id="a few bytes a second"),
+        pytest.param(Answer(GZIPPED[1], bytes_per_write=200, pause=0.3), id="a stall"),
+        pytest.param(Answer(GZIPPED[1], bytes_per_write=1, pause=0.02), id="a few bytes a second"),
         pytest.param(
-            Answer(PARTS[1], bytes_a_write=1, pause=0.02),
+            Answer(PARTS[1], bytes_per_write=1, pause=0.02),
             id="a few bytes a second, not compressed",
         ),
         pytest.param(
-            Answer(b"\x1f", bytes_a_write=1, pause=0.02, length=False, endless=True), id="endless"
+            Answer(b"\x1f", bytes_per_write=1, pause=0.02, length=False, endless=True), id="endless"
         ),
         pytest.param(
-            Answer(b"\0", bytes_a_write=1, pause=0.02, chunked=True, endless=True),
+            Answer(b"\0", bytes_per_write=1, pause=0.02, chunked=True, endless=True),
             id="endless, chunked",
         ),
     ],
@@ -315,7 +317,7 @@ def test_a_part_that_never_ends_is_refused(fake, run, monkeypatch, start):
     assert result.report.read_bytes() == WHOLE
 
 
-def test_a_first_line_that_never_ends_is_refused_in_bounded_memory(fake, run):
+def test_an_endless_first_line_is_refused(fake, run):
     line = Answer(b"x" * (1 << 16), chunked=True, endless=True)
     fake.parts = [[FIRST], [line, GOOD], [LAST]]
     result = run()
@@ -338,14 +340,14 @@ def test_expired_links_are_replaced_and_complete_parts_kept(fake, run, status):
 
 def test_parts_are_in_the_order_of_the_links_whatever_finishes_first(fake, run):
     parts = [HEADER + row for row in ROWS[:12]]
-    slow = {"bytes_a_write": 200, "pause": 0.01}
+    slow = {"bytes_per_write": 200, "pause": 0.01}
     fake.parts = [[Answer(gzip.compress(part), **slow)] for part in parts[:2]]
     fake.parts += [[Answer(gzip.compress(part))] for part in parts[2:]]
     assert run().report.read_bytes() == HEADER + b"".join(ROWS[:12])
 
 
 def test_a_few_parts_are_downloaded_at_the_same_time(fake, run):
-    answer = Answer(GZIPPED[0], bytes_a_write=len(GZIPPED[0]) // 3, pause=0.03)
+    answer = Answer(GZIPPED[0], bytes_per_write=len(GZIPPED[0]) // 3, pause=0.03)
     fake.parts = [[answer] for _ in range(12)]
     assert run().code == 0
     assert 3 <= fake.most_at_once["store"] <= 8
@@ -413,7 +415,7 @@ def test_the_report_and_its_parts_are_flushed_to_disk(fake, run, monkeypatch):
     assert sum(name.startswith("part-") for name in flushed) == fake.part_count
 
 
-def test_a_name_that_another_run_takes_at_the_last_moment(fake, run, output, monkeypatch):
+def test_a_name_taken_at_the_last_moment_is_not_overwritten(fake, run, output, monkeypatch):
     link, taken = os.link, []
 
     def take_the_name(source: Path, target: Path) -> None:

@@ -56,12 +56,12 @@ def kill(run, folder: Path, number: int) -> Disk:
     return disk
 
 
-def test_killed_before_every_operation(small, run, tmp_path, hard_links, capsys):
+def test_a_run_killed_before_any_operation_can_be_resumed(small, run, tmp_path, hard_links, capsys):
     """One POST, one report, nothing left behind. No client can close one gap: CircleCI has accepted
     the POST, but the job ID is not in a file yet."""
     done = operations(run, tmp_path / "undisturbed")
     gap = []
-    first = 1 if hard_links else done.index("open merged.csv.new")  # The rest makes no difference.
+    first = 1 if hard_links else done.index("open merged.csv.new")  # Links come later.
     for number in range(first, len(done) + 1):
         folder, posts = tmp_path / str(number), len(small.jobs)
         disk = kill(run, folder, number)
@@ -107,7 +107,7 @@ def test_killed_again_and_again(small, run, tmp_path, step):
     assert len(small.jobs) == 1 + lost
 
 
-def test_a_power_cut_loses_no_file_that_has_its_name(small, run, tmp_path, hard_links):
+def test_a_power_cut_loses_no_file_that_has_its_final_name(small, run, tmp_path, hard_links):
     """A file is flushed before it gets its name, and its folder afterwards."""
     done = operations(run, tmp_path)
     named = [n for n, what in enumerate(done) if re.match("rename|link", what)]
@@ -116,7 +116,8 @@ def test_a_power_cut_loses_no_file_that_has_its_name(small, run, tmp_path, hard_
         verb, name = done[number].split(" ", 1)
         if name.endswith(".new"):
             assert done[number - 1] == f"fsync {name}"
-        assert f"fsync {tmp_path.name}" in done[number:] if verb == "link" else True
+        if verb == "link":
+            assert f"fsync {tmp_path.name}" in done[number:]
     posted = done.index("rename state.json.new", done.index("rename state.json.new") + 1)
     assert re.match(r"fsync \.export-", done[posted + 1]), "the job ID comes before anything else"
     removed = [operation for operation in done if operation.startswith(("remove", "rmdir"))]
@@ -124,8 +125,8 @@ def test_a_power_cut_loses_no_file_that_has_its_name(small, run, tmp_path, hard_
 
 
 def test_a_disk_that_is_full_at_every_operation(small, run, tmp_path):
-    """Exit 75 or success, no half-written file, and the same command resumes. If the disk fills up
-    between the POST and the recording of its job ID, the message says how to resume."""
+    """Success, or exit 75 and the same command resumes; no half-written file. If the disk fills up
+    between the POST and the recording of its job ID: exit 1, and the message says how to resume."""
     count = len(operations(run, tmp_path / "undisturbed"))
     hints = []
     for number in range(1, count + 1):
@@ -171,7 +172,7 @@ def test_a_disk_without_room_for_a_job_id_costs_no_export(fake, run, output):
     assert not fake.requests("POST") and run().code == 0
 
 
-def test_a_quota_that_is_used_up(run, output):
+def test_a_used_up_quota_exits_with_75(run, output):
     def refuse(done: int, operation: str) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 

@@ -50,7 +50,7 @@ def merge(folder: Path, parts: list[bytes], plain: bool = False) -> bytes:
 def test_any_table_cut_into_parts_becomes_one_file(
     tmp_path, monkeypatch, rows, data, line_end, dialect
 ):
-    """Later parts with or without header, BOM, and final line end."""
+    """Later parts with or without a header or BOM; any part with or without a final newline."""
     monkeypatch.setattr(usage_report, "BLOCK", data.draw(st.integers(1, 300), label="BLOCK"))
     header = write_row(NAMES, dialect, line_end)
     lines = [write_row(row, dialect, line_end) for row in rows]
@@ -173,18 +173,18 @@ def test_every_dialect_keeps_its_bytes(fake, run, dialect):
         pytest.param(
             b"A,B" * 400_000,
             "Part 2 has 48 columns, but part 1 has",
-            id="a header of several megabytes",
+            id="a header of over a megabyte",
         ),
     ],
 )
-def test_a_first_part_without_column_names_is_refused(fake, run, output, part, text):
+def test_a_first_part_without_a_usable_header_is_refused(fake, run, output, part, text):
     fake.parts = [[Answer(gzip.compress(part, 1))], [Answer(gzip.compress(PARTS[1]))]]
     result = run()
     assert result.code == 1 and text in result.last_line and len(result.last_line) < 1000
     assert not list(output.glob("all_orgs_*"))
 
 
-def test_parts_without_a_byte_mean_no_usage(fake, run, output):
+def test_empty_parts_mean_no_usage(fake, run, output):
     fake.parts = [[Answer(b"")], [Answer(gzip.compress(b""))]]
     result = run()
     assert result.code == 3 and "no usage in this window" in result.err

@@ -55,7 +55,7 @@ def plain_file(names: list[str], rows: list[list[Cell]]) -> bytes:
 
 @many
 @given(table, st.data(), st.sampled_from(["\n", "\r\n"]))
-def test_any_table_in_any_mix_of_dialects(tmp_path, rows, data, line_end):
+def test_any_table_in_any_mix_of_dialects_becomes_plain_csv(tmp_path, rows, data, line_end):
     """Parts, and rows of a part, differ in dialect."""
     dialect = st.sampled_from(DIALECTS)
     half = data.draw(st.integers(0, len(rows)), label="rows in part 1")
@@ -87,13 +87,13 @@ def test_any_table_in_any_mix_of_dialects(tmp_path, rows, data, line_end):
         pytest.param(" x ", " x ", id="blanks"),
         pytest.param("NULL", "NULL", id="the word NULL"),
         pytest.param("=1+1", "=1+1", id="a formula"),
-        pytest.param("", "", id="an empty text"),
+        pytest.param("", "", id="an empty string"),
         pytest.param(None, "", id="a missing value"),
         pytest.param(0, "0", id="zero"),
         pytest.param(Decimal("1.50"), "1.50", id="a fraction"),
     ],
 )
-def test_cells(tmp_path, dialect, cell, plain):
+def test_a_cell_is_the_same_plain_csv_from_every_dialect(tmp_path, dialect, cell, plain):
     part = write_row(NAMES, dialect) + write_row([PRIMARY, cell, cell, 5], dialect)
     header = ",".join(NAMES)
     assert merge(tmp_path, [part], plain=True).decode() == (
@@ -124,8 +124,8 @@ def test_what_counts_as_missing_or_quoted_is_decided_row_by_row(tmp_path, row, p
         assert merge(tmp_path, parts, plain=True).decode().split("\r\n")[1:] == [plain, plain, ""]
 
 
-def test_a_long_cell_of_escaped_line_breaks_takes_no_longer_than_others(tmp_path):
-    """Time grows with the size, not with its square: 300,000 lines in a row."""
+def test_a_cell_of_300_000_escaped_line_breaks_becomes_plain_csv(tmp_path):
+    """If time grew with the square of the size, this would take half a minute."""
     part = f"A,B\n1,{chr(92)}\n".encode() + b"\\\n" * 300_000 + b"x\n"
     assert merge(tmp_path, [part], plain=True).count(b"\n") == 300_003
 
@@ -225,7 +225,7 @@ EXTRA, SHORT = ROW.replace(b"\n", b",more\n"), ROW.replace(b"Acme,", b"")
         ),
     ],
 )
-def test_a_row_that_does_not_fit_the_header(fake, run, output, row, text):
+def test_plain_refuses_a_bad_row_and_the_raw_report_still_works(fake, run, output, row, text):
     """It is clear what to do, and the raw report needs no second export."""
     parts = [HEADER + ROW, HEADER + ROW + row, HEADER + ROW]
     fake.parts = [[Answer(gzip.compress(part, 1))] for part in parts]

@@ -78,7 +78,7 @@ def test_every_request_names_this_tool(fake, run):
     assert agents == {f"circleci-usage-report/{usage_report.__version__}"}
 
 
-@pytest.mark.parametrize("quiet", [[], ["--quiet"]], ids=["", "quiet"])
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]], ids=["default", "quiet"])
 def test_a_dry_run_shows_the_request_and_stops_before_the_post(fake, run, output, quiet):
     result = run("--dry-run", *quiet)
     assert result.code == 0 and result.out == ""
@@ -107,7 +107,7 @@ def test_job_id_collects_an_export_without_a_post(fake, run, clock):
     assert not [seen for seen in fake.seen[before:] if "shares-for" in seen.path]
 
 
-def test_job_id_that_circleci_does_not_know(fake, run, output):
+def test_an_unknown_job_id_fails_without_a_post(fake, run, output):
     result = run("--job-id", PRIMARY)
     assert result.code == 1
     assert "failed with 404" in result.last_line and "--job-id" in result.last_line
@@ -124,12 +124,17 @@ OTHER = "8d05d166-e199-43b1-b588-415eadafacc1"
     [
         pytest.param([], [PRIMARY], "The plan is not shared", id="an empty list: not shared"),
         pytest.param([{"id": OTHER}], [PRIMARY, OTHER], "", id="the primary is always included"),
-        pytest.param([{"id": OTHER.upper(), "name": "x"}] * 2, [PRIMARY, OTHER], "", id="ID once"),
+        pytest.param(
+            [{"id": OTHER.upper(), "name": "x"}] * 2,
+            [PRIMARY, OTHER],
+            "",
+            id="a repeated ID is sent once",
+        ),
         pytest.param([{"id": PRIMARY, "name": None}], [PRIMARY], "", id="no name"),
-        pytest.param([{"id": PRIMARY, "name": [1]}], [PRIMARY], "", id="a list as name"),
+        pytest.param([{"id": PRIMARY, "name": [1]}], [PRIMARY], "", id="a list as the name"),
     ],
 )
-def test_organizations_on_the_plan(fake, run, orgs, expected, message):
+def test_the_post_lists_the_organizations_on_the_plan(fake, run, orgs, expected, message):
     fake.plan("shares", in_json({"orgs": orgs}))
     result = run()
     assert result.code == 0 and message in result.err
@@ -139,19 +144,19 @@ def test_organizations_on_the_plan(fake, run, orgs, expected, message):
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param({"orgs": ["a" * 8]}, id="texts"),
+        pytest.param({"orgs": ["a" * 8]}, id="strings"),
         pytest.param({"orgs": {}}, id="an empty object"),
         pytest.param({"orgs": {PRIMARY: "Acme"}}, id="an object"),
-        pytest.param({"orgs": ""}, id="an empty text"),
+        pytest.param({"orgs": ""}, id="an empty string"),
         pytest.param({"orgs": None}, id="null"),
         pytest.param({"orgs": 0}, id="zero"),
         pytest.param({"orgs": [{"id": "", "name": "x"}]}, id="an empty ID"),
-        pytest.param({"orgs": [{"id": 7}]}, id="a number as ID"),
+        pytest.param({"orgs": [{"id": 7}]}, id="a number as the ID"),
         pytest.param({"orgs": [{"name": "x"}]}, id="no ID"),
         pytest.param({"orgs": [None]}, id="a list of null"),
         pytest.param({"organizations": []}, id="another key"),
         pytest.param([], id="a list without an object"),
-        pytest.param("orgs", id="a text"),
+        pytest.param("orgs", id="a string"),
         pytest.param(7, id="a number"),
     ],
 )
@@ -194,7 +199,7 @@ def case(id: str, code: int, message: str, kind: str, *answers: Answer):
         case("408", 75, "failed with 408: Slow. Run the", "me", *always(problem(408, "Slow."))),
         case("dropped", 75, "failed: connection lost", "me", *always(DROP)),
         case("429 three times", 0, "Retrying in 7 s", "me", *[LIMITED] * 3),
-        case("trouble", 0, "408: ", "me", problem(503, "?"), DROP, HTML, problem(408, "?")),
+        case("failures", 0, "408: ", "me", problem(503, "?"), DROP, HTML, problem(408, "?")),
         case("403", 1, f"403: No. {ADMIN}.*SHARED_ORG_IDS", "shares", problem(403, "No.")),
         case("404", 1, "failed with 404: No.*SHARED_ORG_IDS", "shares", problem(404, "No.")),
         case("redirect", 1, "failed with 302.*SHARED_ORG_IDS", "shares", REDIRECT),
@@ -208,7 +213,7 @@ def case(id: str, code: int, message: str, kind: str, *answers: Answer):
         case("429", 0, "Retrying in 16 s", "POST", LIMITED),
         case("401", 1, "401: No. CIRCLE_TOKEN.*The export is kept", "GET", problem(401, "No.")),
         case("redirect", 1, "failed with 302.*The export is kept", "GET", REDIRECT),
-        case("trouble", 0, "unexpected data.*Retrying", "GET", HTML, in_json({"state": 3}), DROP),
+        case("failures", 0, "unexpected data.*Retrying", "GET", HTML, in_json({"state": 3}), DROP),
         case("404 of a new job", 0, "failed with 404: No", "GET", *[problem(404, "No.")] * 3),
         case("429", 0, r"429.* 10 min\b", "GET", problem(429, "No.", **{"Retry-After": "600"})),
         case("500", 75, "500: Oops.*The export is kept", "GET", *always(problem(500, "Oops."))),
@@ -216,7 +221,7 @@ def case(id: str, code: int, message: str, kind: str, *answers: Answer):
         case("HTML", 1, "returned unexpected data.*The export is kept", "GET", *always(HTML)),
     ],
 )  # fmt: skip
-def test_answers(fake, run, output, kind, answers, code, message):
+def test_an_error_response_is_retried_or_explained(fake, run, output, kind, answers, code, message):
     """A failed run says why in one line. A failed poll keeps the export, and nothing else does."""
     fake.plan(kind, *answers)
     result = run()
@@ -230,7 +235,7 @@ def test_answers(fake, run, output, kind, answers, code, message):
     assert len(fake.jobs) <= 1 and leftovers(output) == []
 
 
-def test_a_404_after_other_trouble_does_not_cost_a_second_export(fake, run):
+def test_a_404_after_other_failures_does_not_cost_a_second_export(fake, run):
     fake.plan("GET", *[problem(500, "Oops.")] * 5, problem(404, "No."))
     result = run()
     assert result.code == 1 and "The export is kept" in result.last_line
@@ -246,7 +251,7 @@ def test_pauses_between_retries_grow(fake, run):
 
 @pytest.mark.parametrize("content", SHAPES, ids=json.dumps)
 @pytest.mark.parametrize("kind", ["me", "POST", "GET"])
-def test_json_of_another_shape(fake, run, output, kind, content):
+def test_json_of_the_wrong_shape_fails_without_a_traceback(fake, run, output, kind, content):
     fake.plan(kind, *always(in_json(content)))
     result = run()
     assert result.code == 1 and "Traceback" not in result.err, result.err
@@ -267,23 +272,25 @@ def test_a_404_names_only_the_settings_that_were_used(fake, run, shared):
 UNKNOWN = "CircleCI may have started an export"
 
 
-def late(status: int) -> Answer:
+def after_effect(status: int) -> Answer:
     """The export starts, but the answer is an error."""
-    return Answer(b"upstream error", status, late=True)
+    return Answer(b"upstream error", status, replaced=True)
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param(Answer(drop=True, late=True), id="connection lost"),
-        *(pytest.param(late(status), id=f"{status}") for status in (500, 502, 503, 504)),
+        pytest.param(Answer(drop=True, replaced=True), id="connection lost"),
+        *(pytest.param(after_effect(status), id=f"{status}") for status in (500, 502, 503, 504)),
         pytest.param(in_json({}, 201), id="no ID"),
-        pytest.param(in_json({"usage_export_job_id": 7}, 201), id="a number as ID"),
-        pytest.param(in_json({"usage_export_job_id": "../x"}, 201), id="a path as ID"),
+        pytest.param(in_json({"usage_export_job_id": 7}, 201), id="a number as the ID"),
+        pytest.param(in_json({"usage_export_job_id": "../x"}, 201), id="a path as the ID"),
         pytest.param(in_json([], 201), id="a list"),
-        pytest.param(Answer(b"", 204, late=True), id="204"),
+        pytest.param(Answer(b"", 204, replaced=True), id="204"),
         pytest.param(
-            Answer(b"not gzip", 201, headers={"Content-Encoding": "gzip, getaddrinfo"}, late=True),
+            Answer(
+                b"not gzip", 201, headers={"Content-Encoding": "gzip, getaddrinfo"}, replaced=True
+            ),
             id="an encoding that reads like a network error",
         ),
         pytest.param(HTML, id="HTML"),
@@ -299,15 +306,17 @@ def test_a_post_with_an_unknown_outcome_is_sent_twice_at_most(fake, run, output,
     assert leftovers(output) == []
 
 
-@pytest.mark.parametrize("answer", [Answer(drop=True, late=True), late(502), in_json({}, 201)])
+@pytest.mark.parametrize(
+    "answer", [Answer(drop=True, replaced=True), after_effect(502), in_json({}, 201)]
+)
 def test_a_post_with_an_unknown_outcome_may_work_the_second_time(fake, run, output, answer):
     fake.plan("POST", answer)
     assert run().code == 0 and len(fake.requests("POST")) == 2
     assert leftovers(output) == []
 
 
-def test_a_refusal_after_a_lost_answer_says_what_it_may_cost(fake, run):
-    fake.plan("POST", late(502), problem(400, "No."))
+def test_a_refusal_after_an_unknown_outcome_warns_of_a_second_export(fake, run):
+    fake.plan("POST", after_effect(502), problem(400, "No."))
     result = run()
     assert result.code == 1 and UNKNOWN in result.last_line
 
@@ -322,7 +331,9 @@ def test_a_refusal_after_a_lost_answer_says_what_it_may_cost(fake, run):
         ),
     ],
 )
-def test_an_answer_that_reads_like_a_network_error_counts_as_sent(fake, run, monkeypatch, answer):
+def test_after_a_response_that_reads_like_a_network_error_the_post_counts_as_sent(
+    fake, run, monkeypatch, answer
+):
     posts = []
 
     def do_post(handler: ApiHandler) -> None:
@@ -344,8 +355,8 @@ def test_a_post_that_times_out_is_sent_once_more(fake, run, monkeypatch):
     assert UNKNOWN in result.last_line and len(fake.requests("POST")) == 2
 
 
-def test_a_rate_limit_after_a_lost_answer_does_not_add_a_post(fake, run):
-    fake.plan("POST", Answer(drop=True, late=True), LIMITED, *always(late(502)))
+def test_a_rate_limit_after_a_lost_response_does_not_add_an_export(fake, run):
+    fake.plan("POST", Answer(drop=True, replaced=True), LIMITED, *always(after_effect(502)))
     result = run()
     assert result.code == 1 and UNKNOWN in result.last_line
     assert len(fake.jobs) == 2, "the 429 starts none"
@@ -448,7 +459,7 @@ def network(fake, serve, monkeypatch, tmp_path) -> Iterator[Callable[[str], str]
 
 
 def serve_tls(folder: Path) -> str:
-    """A server with a certificate that nobody has signed."""
+    """Start a server with a self-signed certificate. Returns its URL."""
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     command += f" -subj /CN=localhost -keyout {key} -out {certificate}"
@@ -489,7 +500,7 @@ NETWORK = [
 
 
 @pytest.mark.parametrize("problem, sent, message", NETWORK)
-def test_no_connection_says_which_it_was(run, network, output, problem, sent, message):
+def test_a_connection_failure_names_its_cause(run, network, output, problem, sent, message):
     url = network(problem)
     result = run(CIRCLECI_BASE_URL=url)
     assert result.code == 75
@@ -499,10 +510,10 @@ def test_no_connection_says_which_it_was(run, network, output, problem, sent, me
 
 
 @pytest.fixture
-def posts(monkeypatch) -> Callable[..., list[str]]:
-    """posts(url, times) sends so many POSTs, and nothing else, to another address."""
+def divert_posts(monkeypatch) -> Callable[..., list[str]]:
+    """divert_posts(url, times) diverts the first POSTs to `url` and returns the targets of all."""
 
-    def posts(url: str, times: int = 30) -> list[str]:
+    def divert_posts(url: str, times: int = 30) -> list[str]:
         send, sent = usage_report.send, []
 
         def send_elsewhere(target: str, token: str = "", body: object = None) -> object:
@@ -515,7 +526,7 @@ def posts(monkeypatch) -> Callable[..., list[str]]:
         monkeypatch.setattr(usage_report, "send", send_elsewhere)
         return sent
 
-    return posts
+    return divert_posts
 
 
 POOL = urllib3.HTTPSConnectionPool("circleci.com")
@@ -569,23 +580,23 @@ def test_a_request_counts_as_sent_unless_there_was_no_connection(error, sent):
 
 
 @pytest.mark.parametrize("problem, sent, message", NETWORK)
-def test_without_a_connection_a_post_is_repeated_unless_it_may_have_been_sent(
-    run, network, posts, output, problem, sent, message
+def test_a_failed_post_is_retried_once_and_exits_with_1_if_it_may_have_been_sent(
+    run, network, divert_posts, output, problem, sent, message
 ):
-    attempts = posts(network(problem))
+    attempts = divert_posts(network(problem))
     result = run()
     assert message in result.last_line
-    assert (result.code, len(attempts)) == ((1, 2) if sent else (75, 2))
+    assert result.code == (1 if sent else 75) and len(attempts) == 2
     assert (UNKNOWN in result.last_line) == sent and leftovers(output) == []
 
 
-def test_a_post_that_connects_at_last_is_sent_once(fake, run, network, posts):
-    attempts = posts(network("port closed"), times=1)
+def test_a_post_that_connects_on_the_second_try_is_sent_once(fake, run, network, divert_posts):
+    attempts = divert_posts(network("port closed"), times=1)
     assert run().code == 0
     assert len(attempts) == 2 and len(fake.requests("POST")) == 1
 
 
-# --- Answers without end, and other malice ---
+# --- Endless and hostile responses ---
 
 
 def answer_of(content: bytes, **headers: str) -> Answer:
@@ -594,10 +605,10 @@ def answer_of(content: bytes, **headers: str) -> Answer:
 
 ENDLESS = Answer(b" " * (1 << 16), length=False, endless=True)
 BOMB = Answer(usage_report.gzip.compress(bytes(30_000_000)), headers={"Content-Encoding": "gzip"})
-MALICE = [
+HOSTILE = [
     pytest.param(ENDLESS, 75, "the response is too large", id="endless"),
     pytest.param(BOMB, 75, "the response is too large", id="a gzip bomb"),
-    pytest.param(Answer(b" " * 99, pause=0.03, bytes_a_write=1), 75, "timed out", id="dripping"),
+    pytest.param(Answer(b" " * 99, pause=0.03, bytes_per_write=1), 75, "timed out", id="bytewise"),
     pytest.param(Answer(b"[" * 100_000), 1, "unexpected data", id="100,000 levels, open"),
     pytest.param(Answer(b"[" * 10**5 + b"]" * 10**5), 1, "unexpected data", id="100,000 levels"),
     pytest.param(Answer(b'{"a":' * 10**5 + b"}" * 10**5), 1, "unexpected data", id="100,000 dicts"),
@@ -607,9 +618,9 @@ MALICE = [
     pytest.param(answer_of(b"{}", **{"Content-Encoding": "gzip"}), 75, "failed: ", id="not gzip"),
     pytest.param(problem(400, "x" * 1_000_000), 1, "failed with 400: xxx", id="a message of 1 MB"),
     pytest.param(problem(400, "a\nb\x1b[31m\r\x00\u202e"), 1, "400: a b?", id="control characters"),
-    pytest.param(in_json({"message": ["a"]}, 400), 1, "failed with 400", id="a list as message"),
+    pytest.param(in_json({"message": ["a"]}, 400), 1, "400", id="a list as the message"),
     *(
-        pytest.param(Answer(b"", 302, {"Location": to}), 1, "failed with 302", id=f"to {to[:20]}")
+        pytest.param(Answer(b"", 302, {"Location": to}), 1, "failed with 302", id=f"302 to {to[:20]}")
         for to in ("http://[", "//", "https://a..b:99999/", "http://\u00e9\x7f", "x:" * 9999)
     ),
     *(
@@ -623,7 +634,7 @@ MALICE = [
 
 
 @pytest.mark.parametrize("kind", ["me", "GET"])
-@pytest.mark.parametrize("answer, code, message", MALICE)
+@pytest.mark.parametrize("answer, code, message", HOSTILE)
 def test_whatever_the_api_answers_the_run_ends_with_one_line(
     fake, run, monkeypatch, kind, answer, code, message
 ):
@@ -651,8 +662,10 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
     [
         pytest.param([OK] + [b"a: b\r\n"] * 999, 0, "failed: ", id="999 headers"),
         pytest.param([OK + b"a" * 99_999], 0, "failed: ", id="a long header"),
-        pytest.param([OK, *[b"a"] * 40], 0.02, "timed out", id="a dripping header"),
-        pytest.param([b"HTTP/1.1 100 \r\n\r\n"] * 40, 0.02, "timed out", id="100 again and again"),
+        pytest.param([OK, *[b"a"] * 40], 0.02, "timed out", id="a bytewise header"),
+        pytest.param(
+            [b"HTTP/1.1 100 \r\n\r\n"] * 40, 0.02, "timed out", id="100 Continue over and over"
+        ),
         pytest.param([b"HTTP/1.1 999999 \r\n\r\n"], 0, "failed: ", id="status 999999"),
         pytest.param([b"SSH-2.0-OpenSSH\r\n"], 0, "failed: ", id="SSH"),
         pytest.param([b"\x16\x03\x01\x00\xff" * 99], 0, "failed: ", id="TLS"),
@@ -662,7 +675,9 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
         pytest.param([CHUNKED + b"f" * 99_999], 0, "failed: ", id="an endless chunk size"),
     ],
 )
-def test_whatever_a_server_sends_in_place_of_http(run, serve, monkeypatch, blocks, pause, message):
+def test_a_malformed_http_response_is_an_error_without_a_crash(
+    run, serve, monkeypatch, blocks, pause, message
+):
     monkeypatch.setattr(usage_report, "ANSWER_SECONDS", 0.1)
     monkeypatch.setattr(usage_report, "RETRY_PAUSES", (1,))
     result = run(CIRCLECI_BASE_URL=serve(*blocks, pause=pause))
@@ -670,10 +685,10 @@ def test_whatever_a_server_sends_in_place_of_http(run, serve, monkeypatch, block
     assert result.code == (1 if message == "unexpected data" else 75)
 
 
-def test_a_read_timeout(fake, run, monkeypatch):
+def test_a_read_timeout_in_the_body_exits_with_75(fake, run, monkeypatch):
     monkeypatch.setattr(usage_report, "TIMEOUTS", (1, 0.05))
     monkeypatch.setattr(usage_report, "RETRY_PAUSES", (1,))
-    fake.plan("me", *always(Answer(b"x" * 9, bytes_a_write=1, pause=0.1)))
+    fake.plan("me", *always(Answer(b"x" * 9, bytes_per_write=1, pause=0.1)))
     result = run()
     assert result.code == 75
     url = f"{fake.url}/api/v2/me"
@@ -683,7 +698,7 @@ def test_a_read_timeout(fake, run, monkeypatch):
 @pytest.mark.parametrize(
     "header", ["-5", "soon", "1.5", "", "Thu, 99 Foo 2026 99:99:99 GMT", "\u0665"]
 )
-def test_without_a_valid_retry_after_a_429_waits_a_tenth_of_the_hour(fake, run, header):
+def test_a_429_without_a_valid_retry_after_waits_6_minutes(fake, run, header):
     fake.plan("me", problem(429, "Slow.", **{"Retry-After": header.encode().decode("latin-1")}))
     result = run("--dry-run")
     assert result.code == 0 and "Retrying in 6 min" in result.err
@@ -693,7 +708,7 @@ def test_without_a_valid_retry_after_a_429_waits_a_tenth_of_the_hour(fake, run, 
 
 
 @pytest.mark.parametrize("state", ["created", "processing", "pondering"])
-def test_a_job_that_is_not_ready_is_waited_for(fake, run, state):
+def test_the_run_waits_for_a_job_that_is_not_ready(fake, run, state):
     fake.odd_states = [state]
     result = run()
     assert result.code == 0 and f"Export: {state} (15 s)" in result.err
@@ -705,7 +720,9 @@ def test_a_job_that_is_not_ready_is_waited_for(fake, run, state):
     [(1, 0, 2), (2, 0, 3), (3, 3, 3)],
     ids=["late links", "links at the third time", "no usage"],
 )
-def test_completed_without_links(fake, run, output, empty, code, gets):
+def test_links_may_come_with_the_third_completed_response_at_the_latest(
+    fake, run, output, empty, code, gets
+):
     fake.job_seconds, fake.empty_answers = 1, empty
     result = run()
     assert result.code == code and len(fake.requests("GET")) == gets
@@ -751,7 +768,7 @@ def test_the_token_follows_no_redirect(fake, run):
 
 @pytest.mark.parametrize("url", ["https://circleci.com/api/v2/me", "http://127.0.0.1/api/v2/me"])
 def test_netrc_is_not_read(tmp_path, monkeypatch, url):
-    """requests would add Authorization from ~/.netrc. Caught where TLS would begin."""
+    """requests would add Authorization from ~/.netrc. The request is caught before it is sent."""
     (tmp_path / ".netrc").write_text("default login somebody password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
     sent = []
@@ -788,9 +805,13 @@ def test_cookies_are_not_kept(fake, run):
 # --- Anything unforeseen ---
 
 
-@pytest.mark.parametrize("flags", [[], ["--verbose"], ["--quiet"]], ids=["", "verbose", "quiet"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--verbose"], ["--quiet"]], ids=["default", "verbose", "quiet"]
+)
 @pytest.mark.parametrize("moment", ["find_organizations", "merge_parts"])
-def test_an_unexpected_exception_is_one_line(fake, run, output, monkeypatch, flags, moment):
+def test_an_unexpected_exception_shows_a_traceback_only_with_verbose(
+    fake, run, output, monkeypatch, flags, moment
+):
     def fail(*arguments: object) -> None:
         raise RuntimeError(f"boom\n{TOKEN}\x1b[31m")
 
@@ -881,7 +902,9 @@ def test_the_path_is_printed_as_its_bytes(fast, fast_fake, tmp_path, name, varia
         ("dotenv", "SIGHUP", 129),
     ],
 )
-def test_a_signal_during_the_imports(fast, fast_fake, tmp_path, module, name, code):
+def test_a_signal_during_the_imports_exits_without_a_message(
+    fast, fast_fake, tmp_path, module, name, code
+):
     """A module of this name sends it while it is imported."""
     text = f"import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(9)\n"
     (tmp_path / f"{module}.py").write_text(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -19,7 +18,7 @@ def status(state: str, *links: str, **more: str) -> Answer:
     return in_json({"state": state, "download_urls": list(links), **more})
 
 
-TROUBLES = {
+FAILURES = {
     "none": {},
     "the API repeats the token": {"POST": [problem(400, ECHO)]},
     "no answer": {"GET": always(Answer(drop=True))},
@@ -28,7 +27,7 @@ TROUBLES = {
     },
     "a state with the token": {"GET": [status(TOKEN)]},
     **{
-        f"a link that is {problem}": {"GET": always(status("completed", link))}
+        f"a link: {problem}": {"GET": always(status("completed", link))}
         for problem, link in {
             "malformed": "https://[x?signature=abcSIGNED",
             "to a port out of range": "http://127.0.0.1:99999/?signature=abcSIGNED",
@@ -52,14 +51,14 @@ def files_with_secrets(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "trouble, part",
+    "failure, part",
     [
-        *((trouble, None) for trouble in TROUBLES),
+        *((failure, None) for failure in FAILURES),
         *(("none", part) for part in (Answer(drop=True), problem(403, "?"), problem(404, "?"))),
     ],
-    ids=[*TROUBLES, "part dropped", "part 403", "part 404"],
+    ids=[*FAILURES, "part dropped", "part 403", "part 404"],
 )
-def test_no_output_and_no_file_has_a_secret(fake, run, output, monkeypatch, trouble, part):
+def test_no_output_or_file_contains_a_secret(fake, run, output, monkeypatch, failure, part):
     """With --verbose; files are searched each time the state is saved, and at the end."""
     save, found = usage_report.Export.save, []
 
@@ -70,12 +69,12 @@ def test_no_output_and_no_file_has_a_secret(fake, run, output, monkeypatch, trou
     monkeypatch.setattr(usage_report.Export, "save", save_and_search)
     monkeypatch.setattr(usage_report, "RETRY_PAUSES", (1,))
     fake.parts = part and [[part]]
-    for kind, answers in TROUBLES[trouble].items():
+    for kind, answers in FAILURES[failure].items():
         fake.plan(kind, *answers)
     result = run("--verbose")
     assert not has_secret(result.err) and not has_secret(result.out), result.err
     assert "\x1b" not in result.err and "Traceback" not in result.err
-    assert found or "POST" in TROUBLES[trouble]
+    assert found or "POST" in FAILURES[failure]
     assert not any(found) and not files_with_secrets(output)
 
 
@@ -129,26 +128,18 @@ def test_a_secret_elsewhere_in_an_answer_is_not_shown(
     assert not has_secret(result.err) and not files_with_secrets(output), result.err
 
 
-@pytest.mark.parametrize("length", [*range(255, 305, 6), 1200 - len(TOKEN) // 2])
-def test_a_message_that_is_cut_in_the_token_does_not_show_its_beginning(fake, run, length):
+@pytest.mark.parametrize("length", range(255, 305, 6))
+def test_a_message_cut_inside_the_token_does_not_show_the_tokens_beginning(fake, run, length):
     fake.plan("me", problem(400, "x" * length + TOKEN))
     shown = run().err
     assert TOKEN[:12] not in shown and "failed with 400: xxx" in shown
 
 
-def test_a_message_that_is_cut_in_a_link_does_not_show_its_signature(fake, run):
+def test_a_message_cut_inside_a_link_does_not_show_its_signature(fake, run):
     for length in range(240, 300, 6):
         link = "https://s3.example/?X-Amz-Signature=abcSIGNED"
         fake.plan("me", problem(400, "x" * length + link))
         assert "abc" not in run().err
-
-
-def test_the_state_holds_neither_the_token_nor_a_link(fake, run, output):
-    fake.parts = [[problem(404, "gone")]]
-    assert run().code == 1
-    (path,) = output.glob(".export-*/state.json")
-    assert json.loads(path.read_text())["job_id"] in fake.jobs
-    assert not has_secret(path.read_text()) and "http" not in path.read_text()
 
 
 def test_the_store_gets_no_token_and_the_api_no_signature(fake, run):

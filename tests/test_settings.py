@@ -39,13 +39,13 @@ INVALID = [
         r"CIRCLE_TOKEN is not set in .*\.env\. Create a token .CCIPAT_",
         CIRCLE_TOKEN=None,
     ),
-    case("blank token", "CIRCLE_TOKEN is not set in ", CIRCLE_TOKEN="  "),
+    case("token of spaces", "CIRCLE_TOKEN is not set in ", CIRCLE_TOKEN="  "),
     case(
         "placeholder",
         "CIRCLE_TOKEN is not set in ",
         CIRCLE_TOKEN=usage_report.PLACEHOLDER,
     ),
-    case("token with a blank", "CIRCLE_TOKEN must be a personal API token", CIRCLE_TOKEN="abc def"),
+    case("token with a space", "CIRCLE_TOKEN must be a personal API token", CIRCLE_TOKEN="abc def"),
     case(
         "token not in ASCII", "CIRCLE_TOKEN must be a personal API token", CIRCLE_TOKEN="abc\u20ac"
     ),
@@ -218,7 +218,7 @@ def test_a_token_in_the_wrong_place_is_not_shown(run, arguments, variables):
     assert result.code == 2 and TOKEN.lower() not in result.err.lower()
 
 
-def test_an_env_file_in_another_encoding(fake, run, tmp_path):
+def test_an_env_file_that_is_not_utf8_is_refused(fake, run, tmp_path):
     (tmp_path / "utf16").write_text("CIRCLE_TOKEN=x", encoding="utf-16")
     result = run("--env-file", str(tmp_path / "utf16"))
     assert result.code == 2 and "it is not UTF-8" in result.err and fake.seen == []
@@ -230,14 +230,14 @@ def test_an_env_file_in_another_encoding(fake, run, tmp_path):
         pytest.param(["last-month"], "Did you mean --period last-month?", id="a period"),
         pytest.param(["2026-09"], "Did you mean --period 2026-09?", id="a month"),
         pytest.param(["--last-7-days"], "Did you mean --period last-7-days?", id="as a flag"),
-        pytest.param(["--sart", "2026-01-01"], "Did you mean --start?", id="a typing error"),
+        pytest.param(["--sart", "2026-01-01"], "Did you mean --start?", id="a typo"),
         pytest.param(["--output", "x"], "Did you mean --output-dir?", id="an abbreviation"),
         pytest.param(["extra"], "unknown argument. See --help.", id="anything else"),
         pytest.param(["--quiet", "--verbose"], "not allowed with", id="quiet and verbose"),
         pytest.param(["--start"], "--start: expected one argument", id="a flag without its value"),
     ],
 )
-def test_unknown_arguments(fake, run, arguments, message):
+def test_invalid_arguments_exit_with_2_and_say_why(fake, run, arguments, message):
     result = run(*arguments)
     assert result.code == 2 and message in result.last_line and fake.seen == []
 
@@ -278,7 +278,7 @@ def test_a_period_is_whole_utc_days_until_yesterday(fake, run, clock, today, per
     assert requested(run, "--period", period) == expected
 
 
-def test_there_is_no_this_month_on_its_first_day(fake, run, clock):
+def test_this_month_is_refused_on_the_first_day_of_the_month(fake, run, clock):
     clock.now = at("2026-10-01T08:00:00Z")
     result = run("--period", "this-month")
     assert result.code == 2 and "has no complete day yet. Use last-month" in result.err
@@ -313,7 +313,7 @@ def test_there_is_no_this_month_on_its_first_day(fake, run, clock):
         ),
     ],
 )
-def test_windows(fake, run, first, last, expected):
+def test_a_valid_window_is_requested_as_given(fake, run, first, last, expected):
     assert requested(run, *window(first, last)) == expected
 
 
@@ -438,7 +438,7 @@ def test_a_401_says_where_the_token_comes_from(fake, run, tmp_path, in_file):
     assert f"CIRCLE_TOKEN in {source} is invalid or expired" in result.last_line
 
 
-def test_a_dollar_in_the_env_file_is_a_dollar(fake, run, tmp_path):
+def test_a_dollar_sign_in_the_env_file_is_not_expanded(fake, run, tmp_path):
     fake.token = "abc${HOME}$x"
     (tmp_path / ".env").write_text(f"CIRCLE_TOKEN={fake.token}\n")
     assert run("--dry-run", CIRCLE_TOKEN=None).code == 0
@@ -482,7 +482,7 @@ def test_without_primary_org_id_the_choices_are_listed_below_a_question(fake, ru
     assert [seen.path for seen in fake.seen] == ["/api/v2/me/collaborations"]
 
 
-def test_a_single_choice_for_primary_org_id(fake, run):
+def test_a_single_organization_is_still_offered_as_primary_org_id(fake, run):
     fake.organizations = {PRIMARY: "Acme"}
     result = run(PRIMARY_ORG_ID=None)
     assert result.code == 2 and PRIMARY in result.last_line
@@ -501,7 +501,9 @@ def test_a_single_choice_for_primary_org_id(fake, run):
         pytest.param(problem(429, "Slow.", **{"Retry-After": "7"}), 2, "Retrying in 7 s", id="429"),
     ],
 )
-def test_no_choices_for_primary_org_id(fake, run, answer, code, message):
+def test_errors_while_listing_choices_for_primary_org_id_are_reported(
+    fake, run, answer, code, message
+):
     fake.plan("collaborations", *[answer] * (6 if code == 1 else 1))
     result = run(PRIMARY_ORG_ID=None)
     assert result.code == code and message in result.err and "Traceback" not in result.err

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from clocks import PROJECT, REAL_SLEEP, REAL_TIME, FastTime, Result, ended
+from clocks import PROJECT, REAL_SLEEP, REAL_TIME, FastTime, Result, wait_for_exit
 from conftest import leftovers
 from fake_circleci import HEADER, Answer, make_rows, problem, split
 
@@ -65,7 +65,7 @@ class Child(NamedTuple):
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
             REAL_SLEEP(0.02)
-        result = ended(self.process)
+        result = wait_for_exit(self.process)
         assert REAL_TIME() - started < 5, "the run did not end within seconds"
         assert "Traceback" not in result.err
         return result
@@ -100,9 +100,9 @@ def start(fake, output, tmp_path):
 
 @pytest.fixture
 def resume(fake, run, clock):
-    """resume(child) runs the child's command in this process, where it takes less time."""
+    """resume() runs the same command in this process, where it takes less time."""
 
-    def resume(child: Child) -> Result:
+    def resume() -> Result:
         clock.now = fake.clock()
         fake.clock = clock.time
         month = time.gmtime(REAL_TIME() - 28 * 86400)
@@ -129,17 +129,17 @@ def waiting(fake) -> dict:
 
 def downloading(fake) -> dict:
     parts = [gzip.compress(HEADER + b"".join(rows)) for rows in split(make_rows(60), 3)]
-    fake.parts = [[Answer(body, bytes_a_write=len(body) // 40, pause=0.2)] for body in parts]
+    fake.parts = [[Answer(body, bytes_per_write=len(body) // 40, pause=0.2)] for body in parts]
     fake.parts[0][0].pause = 0
     return {}
 
 
 def at_file(event: str, text: str, destructor: bool = False):
-    """A child that stops before this operation on files."""
+    """Options for a child that stops before this file operation."""
     return lambda fake: {"event": event, "text": text, "destructor": destructor}
 
 
-SEEN = {
+REACHED_BY = {
     before_the_post: ("GET", "api", "/me"),
     during_the_post: ("POST", "api", "export_job"),
     waiting: ("GET", "api", "export_job/"),
@@ -167,9 +167,11 @@ summarizing = at_file("open", "all_orgs_")
         pytest.param(in_a_destructor, CTRL_C, 1, True, id="inside a destructor, Ctrl-C"),
     ],
 )
-def test_interrupted(fake, start, resume, output, moment, number, times, kept):
+def test_an_interrupted_run_says_what_to_do_and_can_be_resumed(
+    fake, start, resume, output, moment, number, times, kept
+):
     child = start(**moment(fake))
-    seen = SEEN.get(moment)
+    seen = REACHED_BY.get(moment)
     wait_for(lambda: fake.requests(*seen) if seen else child.mark.exists())
     REAL_SLEEP(0.05)
     result = child.send(number, times)
@@ -185,7 +187,7 @@ def test_interrupted(fake, start, resume, output, moment, number, times, kept):
     for answers in fake.parts or []:
         answers[0].pause = 0
     served = len(fake.requests("GET", "store", "data_0"))
-    resumed = resume(child)
+    resumed = resume()
     assert resumed.code == 0, resumed.err
     expected = HEADER + b"".join(make_rows(60)) if fake.parts else fake.report()
     assert resumed.report.read_bytes() == expected
@@ -211,7 +213,9 @@ def test_the_first_of_several_signals_decides_the_exit_code(fake, start):
         pytest.param(summarizing, HANGUP, 3, id="during the summary, SIGHUP 3 times"),
     ],
 )
-def test_interrupted_after_the_path_is_printed(fake, start, output, moment, number, times):
+def test_a_signal_after_the_path_is_printed_still_exits_with_0(
+    fake, start, output, moment, number, times
+):
     """The run has succeeded."""
     child = start(**moment(fake), slices=20)
     wait_for(child.mark.exists)
@@ -228,16 +232,9 @@ def test_interrupted_while_publishing(fake, start, resume, output):
     result = child.send(TERM, 2)
     assert result.code in (0, 143) and (result.out != "") == (result.code == 0)
     if result.code:
-        result = resume(child)
+        result = resume()
     assert [*output.iterdir()] == [result.report] and result.report.read_bytes() == fake.report()
     assert len(fake.requests("POST")) == 1
-
-
-def test_ctrl_c_during_the_imports(start, output):
-    child = start("import", "requests")
-    wait_for(child.mark.exists)
-    result = child.send(CTRL_C)
-    assert (result.code, result.out, result.err) == (130, "", "")
 
 
 def test_under_nohup_a_closed_terminal_does_not_interrupt(fake, start, output):
@@ -252,7 +249,7 @@ def test_under_nohup_a_closed_terminal_does_not_interrupt(fake, start, output):
 
 
 @pytest.mark.parametrize("number", [HANGUP, TERM], ids=["SIGHUP", "SIGTERM"])
-def test_a_closed_terminal_takes_no_message(fake, start, resume, number):
+def test_a_signal_after_stderr_closes_still_ends_the_run_with_its_code(fake, start, resume, number):
     fake.job_seconds = 7200
     child = start()
     wait_for(lambda: fake.requests("GET"))
@@ -261,7 +258,7 @@ def test_a_closed_terminal_takes_no_message(fake, start, resume, number):
     assert child.process.wait(5) == CODES[number]
     child.process.stdout.close()
     fake.job_seconds = 0
-    assert resume(child).code == 0 and len(fake.requests("POST")) == 1
+    assert resume().code == 0 and len(fake.requests("POST")) == 1
 
 
 def test_without_stderr_the_run_succeeds(fake, start, output):
@@ -284,18 +281,18 @@ def test_kill_9_needs_no_cleanup(fake, start, resume, output):
         )
     )
     child.process.kill()
-    assert ended(child.process).code == -9
+    assert wait_for_exit(child.process).code == -9
     for answers in fake.parts:
         answers[0].pause = 0
-    result = resume(child)
+    result = resume()
     assert result.code == 0 and result.report.read_bytes() == HEADER + b"".join(make_rows(60))
     assert len(fake.requests("POST")) == 1 and [*output.iterdir()] == [result.report]
     assert len(fake.requests("GET", "store", "data_0")) == 1
 
 
-def test_interrupted_while_the_outcome_is_unknown_says_what_it_may_cost(fake, start):
+def test_a_signal_while_a_posts_outcome_is_unknown_warns_of_a_second_export(fake, start):
     fake.post_seconds = 0.5
-    fake.plan("POST", Answer(b"Bad gateway", 502, late=True))
+    fake.plan("POST", Answer(b"Bad gateway", 502, replaced=True))
     child = start()
     wait_for(lambda: fake.requests("POST"))
     result = child.send(TERM)
