@@ -312,7 +312,11 @@ VARIABLES = {  # pattern, description, and example
     "START_DATE": (".*", "the first day, unless --start or --period is used", ""),
     "END_DATE": (".*", "the last day, unless --end or --period is used", ""),
     "SHARED_ORG_IDS": (ID_LIST_PATTERN, "UUIDs of organizations, separated by commas", EXAMPLE),
-    "CIRCLECI_BASE_URL": (URL_PATTERN, "https:// and a host name", "https://circleci.com"),
+    "CIRCLECI_BASE_URL": (
+        URL_PATTERN,
+        "https:// and a host name without a path",
+        "https://circleci.com",
+    ),
 }
 
 
@@ -339,6 +343,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     texts = [f"  {name}: {text}" for name, (_, text, _) in VARIABLES.items()]
     parser = argparse.ArgumentParser(
         prog="usage_report.py",
+        usage="%(prog)s [flags]",
         description=__doc__,
         epilog="\n".join(["Settings, from the environment or .env:", *texts]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -364,7 +369,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         flag, word = unknown[0].partition("=")[0], unknown[0].lstrip("-")
         shown = f" {flag}" if re.fullmatch("--[a-z0-9-]+", flag) else ""
         flags = ["--" + name.replace("_", "-") for name in vars(args)]
-        similar = difflib.get_close_matches(flag, flags, 1)
+        similar = difflib.get_close_matches(flag, flags, 1, 0.8)
         similar = [f"--period {word}"] if re.fullmatch(PERIOD_PATTERN, word) else similar
         hint = f"Did you mean {similar[0]}?" if similar else "See --help."
         parser.error(f"unknown argument{shown}. {hint}")
@@ -383,6 +388,8 @@ def read_variables(path: str) -> tuple[dict[str, str], str]:
         raise ReportError(f"Cannot read {env_file}: {reason}. {hint}", INVALID) from None
     # No interpolation: a $ in a value is a $.
     in_file = dotenv.dotenv_values(stream=io.StringIO(content), interpolate=False)
+    complete = None not in in_file.values()  # A list of IDs, for example, cannot span lines.
+    require(complete, f"{env_file} has a line that is not NAME=value. Correct that line.")
     values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
     source = "the environment" if values["CIRCLE_TOKEN"] else str(env_file)
     values = {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
@@ -436,7 +443,7 @@ def period_days(period: str, today: date) -> tuple[date, date]:
     months = {"this-month": f"{today:%Y-%m}", "last-month": f"{shift_month(today, -1):%Y-%m}"}
     first = date.fromisoformat(f"{months.get(period, period)}-01")
     last = min(yesterday, shift_month(first, 1) - timedelta(days=1))
-    require(first <= last, f"--period {period} has no complete day yet. Use last-month.")
+    require(first <= last, f"--period {period} has no complete day yet. Use --period last-month.")
     return first, last
 
 
@@ -537,11 +544,11 @@ def rate_limit_seconds(headers: Mapping[str, str]) -> float:
     return float(reset) if re.fullmatch("[0-9]{1,5}", reset) else POLL_INTERVAL
 
 
-def sleep(seconds: float, text: str) -> None:
-    """Sleep, showing the text and the time left. Sleeps at most 1 s at a time, so that time
-    spent suspended counts, and setting the clock back adds no delay."""
+def sleep(seconds: float, describe: Callable[[str], str]) -> None:
+    """Sleep and show describe(time left). Sleeps at most 1 s at a time, so that time spent
+    suspended counts, and setting the clock back adds no delay."""
     while seconds > 0:
-        log.log(LIVE, "%s %s", text, format_duration(seconds))
+        log.log(LIVE, "%s", describe(format_duration(seconds)))
         started, pause = time.time(), min(seconds, 1)
         time.sleep(pause)
         seconds -= max(pause, time.time() - started)
@@ -568,7 +575,7 @@ def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) -> T:
                 raise RetryableError(str(error), error.code) from None
             when = f" in {format_duration(pause)}" if error.wait is not None else ""
             log.warning("%s Retrying%s.", error, when)
-        sleep(pause, "Retrying in")
+        sleep(pause, "Retrying in {}".format)
 
 
 def next_step(settings: Settings, status: int) -> str:
@@ -643,7 +650,7 @@ def primary_question(settings: Settings, width: int) -> str:
     rows = list_collaborations(settings)
     if not rows:
         raise ReportError("The owner of CIRCLE_TOKEN has no organizations. Use another token.")
-    table = format_table([["NAME", "SLUG", "ID"], *rows], 3, width)
+    table = format_table([["NAME", "SLUG", "ID".ljust(36)], *rows], 2, width)
     several = len(rows) > 1
     question = "Which organization owns the plan?" if several else "You have one organization."
     return f"{question} Set PRIMARY_ORG_ID to its ID and run the same command again.\n{table}"
@@ -889,7 +896,7 @@ def poll_job(settings: Settings, export: Export, state: str) -> tuple[str, list[
     export.polls = [at - set_back for at in export.polls]
     export.requested_at = export.requested_at and export.requested_at - set_back
     due = next_poll(export.requested_at, export.polls, export.completed)
-    sleep(due - now, f"Export: {state}{export.age()}. Next check in")
+    sleep(due - now, lambda left: f"Export: {state}{export.age()}. Next check in {left}")
     export.polls.append(time.time())
     export.save()  # before the GET, which counts even if this run is killed before the response
     try:
@@ -1256,9 +1263,12 @@ def show_summary(
     unused = [name or key for key, name in organizations.items() if (key,) not in usage]
     by_organization += [[name, "no usage", "", "", ""] for name in unused]
     titles = ["ROWS", "CREDITS", "SHARE"]
-    rows = [["ORGANIZATION", *titles, ""], *by_organization, ["Total", *overall]]
+    rows = [["ORGANIZATION", *titles, ""], *by_organization, ["Total", *overall[:3], ""]]
     log.log(TABLE, "%s", format_table(rows, 1, width))
-    rows = [["PROJECT", "ORGANIZATION", *titles], *(row[:5] for row in by_project[:MAX_LISTED])]
+    rows = [
+        ["TOP PROJECTS", "ORGANIZATION", *titles],
+        *(row[:5] for row in by_project[:MAX_LISTED]),
+    ]
     log.log(TABLE, "%s", format_table(rows, 2, width))
     size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
     log.info("%s rows, %s, %s", overall[0], size, duration)
@@ -1274,8 +1284,9 @@ def show_request(settings: Settings, organizations: Mapping[str, str], width: in
     first, last = settings.start[:10], settings.end[:10]
     count = f"{len(organizations)} organization{'s' * (len(organizations) > 1)}"
     log.info("Usage from %s to %s (UTC), %s", first, last, count)
-    rows = [["ORGANIZATION", "ID"], *([name or "-", key] for key, name in organizations.items())]
-    log.log(TABLE, "%s", format_table(rows[: MAX_LISTED + 1], 2, width))
+    titles = ["ORGANIZATION", "ID".ljust(36)]
+    rows = [titles, *([name or "-", key] for key, name in organizations.items())]
+    log.log(TABLE, "%s", format_table(rows[: MAX_LISTED + 1], 1, width))
     if len(organizations) > MAX_LISTED:
         log.info("... and %d more", len(organizations) - MAX_LISTED)
     first_incomplete = time.strftime("%Y-%m-%d", time.gmtime(time.time() - REFRESH_HOURS * 3600))

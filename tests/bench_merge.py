@@ -174,6 +174,6 @@ if __name__ == "__main__":
         6,
         18 * MB,
         rounds=1,
-        bytes_per_write=6000,
+        write_size=6000,
         pause=0.01,
     )

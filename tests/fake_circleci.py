@@ -183,7 +183,7 @@ class Answer:
     cut: int | None = None  # close the connection after this many bytes of the body
     length: bool = True  # send Content-Length
     chunked: bool = False
-    bytes_per_write: int = 1 << 16
+    write_size: int = 1 << 16
     pause: float = 0.0  # real seconds between two writes
     drop: bool = False  # no answer at all
     replaced: bool = False  # API: carry out the request, then send this answer instead
@@ -350,14 +350,14 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         self.end_headers()
         body = answer.body[: answer.cut]
-        starts = range(0, len(body), answer.bytes_per_write)
+        starts = range(0, len(body), answer.write_size)
         for n, start in enumerate(itertools.cycle(starts) if answer.endless else starts):
             if self.fake.closed:
                 self.close_connection = True
                 return
             if n and answer.pause:
                 real_sleep(answer.pause)
-            piece = body[start : start + answer.bytes_per_write]
+            piece = body[start : start + answer.write_size]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if answer.chunked else piece)
         if answer.chunked and whole:
             self.wfile.write(b"0\r\n\r\n")

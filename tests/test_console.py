@@ -268,7 +268,7 @@ def test_a_dumb_terminal_gets_the_lines_of_a_log(fast, fast_fake, output):
 @POSIX
 def test_during_a_download_bytes_and_parts_are_counted(fast, fast_fake, output):
     packed = gzip.compress(HEADER + b"".join(make_rows(500)), 0)
-    slow = Answer(packed, bytes_per_write=len(packed) // 5, pause=0.1)
+    slow = Answer(packed, write_size=len(packed) // 5, pause=0.1)
     fast_fake.parts = [[slow], [slow], [Answer(packed)]]
     code, _, text = on_terminal(fast, fast_fake, 80, "--output-dir", output)
     assert code == 0

@@ -148,11 +148,9 @@ def test_a_temporary_problem_is_retried(fake, run, output, answers):
         pytest.param(Answer(PARTS[1]), id="not compressed"),
         pytest.param(Answer(PARTS[1], chunked=True), id="not compressed, chunked"),
         pytest.param(Answer(GZIPPED[1], length=False), id="no Content-Length"),
-        pytest.param(Answer(GZIPPED[1], bytes_per_write=1), id="byte by byte"),
-        pytest.param(
-            Answer(GZIPPED[1], bytes_per_write=1, chunked=True), id="byte by byte, chunked"
-        ),
-        pytest.param(Answer(GZIPPED[1], bytes_per_write=HALF, pause=0.05), id="in two pieces"),
+        pytest.param(Answer(GZIPPED[1], write_size=1), id="byte by byte"),
+        pytest.param(Answer(GZIPPED[1], write_size=1, chunked=True), id="byte by byte, chunked"),
+        pytest.param(Answer(GZIPPED[1], write_size=HALF, pause=0.05), id="in two pieces"),
         pytest.param(Answer(PARTS[1][:-1]), id="no newline at the end"),
         pytest.param(Answer(b"".join(PARTS[1].splitlines(True)[1:])), id="no header"),
         pytest.param(Answer(b"\xef\xbb\xbf" + PARTS[1]), id="a BOM in a later part"),
@@ -282,17 +280,17 @@ def test_a_missing_part_ends_the_run_even_if_another_link_has_expired(fake, run)
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param(Answer(GZIPPED[1], bytes_per_write=200, pause=0.3), id="a stall"),
-        pytest.param(Answer(GZIPPED[1], bytes_per_write=1, pause=0.02), id="a few bytes a second"),
+        pytest.param(Answer(GZIPPED[1], write_size=200, pause=0.3), id="a stall"),
+        pytest.param(Answer(GZIPPED[1], write_size=1, pause=0.02), id="a few bytes a second"),
         pytest.param(
-            Answer(PARTS[1], bytes_per_write=1, pause=0.02),
+            Answer(PARTS[1], write_size=1, pause=0.02),
             id="a few bytes a second, not compressed",
         ),
         pytest.param(
-            Answer(b"\x1f", bytes_per_write=1, pause=0.02, length=False, endless=True), id="endless"
+            Answer(b"\x1f", write_size=1, pause=0.02, length=False, endless=True), id="endless"
         ),
         pytest.param(
-            Answer(b"\0", bytes_per_write=1, pause=0.02, chunked=True, endless=True),
+            Answer(b"\0", write_size=1, pause=0.02, chunked=True, endless=True),
             id="endless, chunked",
         ),
     ],
@@ -340,14 +338,14 @@ def test_expired_links_are_replaced_and_complete_parts_kept(fake, run, status):
 
 def test_parts_are_in_the_order_of_the_links_whatever_finishes_first(fake, run):
     parts = [HEADER + row for row in ROWS[:12]]
-    slow = {"bytes_per_write": 200, "pause": 0.01}
+    slow = {"write_size": 200, "pause": 0.01}
     fake.parts = [[Answer(gzip.compress(part), **slow)] for part in parts[:2]]
     fake.parts += [[Answer(gzip.compress(part))] for part in parts[2:]]
     assert run().report.read_bytes() == HEADER + b"".join(ROWS[:12])
 
 
 def test_a_few_parts_are_downloaded_at_the_same_time(fake, run):
-    answer = Answer(GZIPPED[0], bytes_per_write=len(GZIPPED[0]) // 3, pause=0.03)
+    answer = Answer(GZIPPED[0], write_size=len(GZIPPED[0]) // 3, pause=0.03)
     fake.parts = [[answer] for _ in range(12)]
     assert run().code == 0
     assert 3 <= fake.most_at_once["store"] <= 8

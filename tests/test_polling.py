@@ -282,7 +282,7 @@ def test_sleeping_takes_as_long_as_planned_if_the_clock_is_set_back(clock, monke
         Clock.sleep(clock, seconds - (3600 if len(slept) == 5 else 0))
 
     monkeypatch.setattr(clock, "sleep", sleep)
-    usage_report.sleep(60, "Waiting")
+    usage_report.sleep(60, "Waiting: {}".format)
     assert 58 <= sum(slept) <= 62
 
 

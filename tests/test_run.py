@@ -608,7 +608,7 @@ BOMB = Answer(usage_report.gzip.compress(bytes(30_000_000)), headers={"Content-E
 HOSTILE = [
     pytest.param(ENDLESS, 75, "the response is too large", id="endless"),
     pytest.param(BOMB, 75, "the response is too large", id="a gzip bomb"),
-    pytest.param(Answer(b" " * 99, pause=0.03, bytes_per_write=1), 75, "timed out", id="bytewise"),
+    pytest.param(Answer(b" " * 99, pause=0.03, write_size=1), 75, "timed out", id="bytewise"),
     pytest.param(Answer(b"[" * 100_000), 1, "unexpected data", id="100,000 levels, open"),
     pytest.param(Answer(b"[" * 10**5 + b"]" * 10**5), 1, "unexpected data", id="100,000 levels"),
     pytest.param(Answer(b'{"a":' * 10**5 + b"}" * 10**5), 1, "unexpected data", id="100,000 dicts"),
@@ -620,7 +620,7 @@ HOSTILE = [
     pytest.param(problem(400, "a\nb\x1b[31m\r\x00\u202e"), 1, "400: a b?", id="control characters"),
     pytest.param(in_json({"message": ["a"]}, 400), 1, "400", id="a list as the message"),
     *(
-        pytest.param(Answer(b"", 302, {"Location": to}), 1, "failed with 302", id=f"302 to {to[:20]}")
+        pytest.param(Answer(b"", 302, {"Location": to}), 1, "with 302", id=f"302 to {to[:20]}")
         for to in ("http://[", "//", "https://a..b:99999/", "http://\u00e9\x7f", "x:" * 9999)
     ),
     *(
@@ -688,7 +688,7 @@ def test_a_malformed_http_response_is_an_error_without_a_crash(
 def test_a_read_timeout_in_the_body_exits_with_75(fake, run, monkeypatch):
     monkeypatch.setattr(usage_report, "TIMEOUTS", (1, 0.05))
     monkeypatch.setattr(usage_report, "RETRY_PAUSES", (1,))
-    fake.plan("me", *always(Answer(b"x" * 9, bytes_per_write=1, pause=0.1)))
+    fake.plan("me", *always(Answer(b"x" * 9, write_size=1, pause=0.1)))
     result = run()
     assert result.code == 75
     url = f"{fake.url}/api/v2/me"

@@ -182,12 +182,10 @@ def test_dates_in_messages_are_valid_today(run, clock, today, arguments, variabl
 
 @pytest.mark.parametrize("today", ["2026-10-24", "2026-03-01", "2027-01-01"])
 @pytest.mark.parametrize(
-    "wrong",
-    ["last-year", "2020-01", "2031-01", "this-month"],
-    ids=["unknown", "too old", "in the future", "on the first day of a month"],
+    "wrong", ["last-year", "2020-01", "2031-01"], ids=["unknown", "too old", "in the future"]
 )
 def test_periods_in_messages_are_valid_today(run, clock, today, wrong):
-    clock.now = at(f"{today}T12:00:00Z" if wrong != "this-month" else "2026-12-01T12:00:00Z")
+    clock.now = at(f"{today}T12:00:00Z")
     result = run("--period", wrong)
     assert result.code == 2
     message = result.err.partition(" ")[2].replace(f"--period {wrong}", "").replace(wrong, "")
@@ -232,6 +230,7 @@ def test_an_env_file_that_is_not_utf8_is_refused(fake, run, tmp_path):
         pytest.param(["--last-7-days"], "Did you mean --period last-7-days?", id="as a flag"),
         pytest.param(["--sart", "2026-01-01"], "Did you mean --start?", id="a typo"),
         pytest.param(["--output", "x"], "Did you mean --output-dir?", id="an abbreviation"),
+        pytest.param(["--out", "x"], "unknown argument --out. See --help.", id="no similar flag"),
         pytest.param(["extra"], "unknown argument. See --help.", id="anything else"),
         pytest.param(["--quiet", "--verbose"], "not allowed with", id="quiet and verbose"),
         pytest.param(["--start"], "--start: expected one argument", id="a flag without its value"),
@@ -281,7 +280,8 @@ def test_a_period_is_whole_utc_days_until_yesterday(fake, run, clock, today, per
 def test_this_month_is_refused_on_the_first_day_of_the_month(fake, run, clock):
     clock.now = at("2026-10-01T08:00:00Z")
     result = run("--period", "this-month")
-    assert result.code == 2 and "has no complete day yet. Use last-month" in result.err
+    assert result.code == 2 and "has no complete day yet. Use --period last-month" in result.err
+    assert run("--dry-run", "--period", "last-month").code == 0
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_a_notice_names_the_first_day_that_circleci_may_not_have_completed(
 
 
 def test_a_flag_overrides_the_environment_which_overrides_the_env_file(fake, run, tmp_path):
-    """The file next to the script has a BOM, blanks, quotes, and capitals in a UUID."""
+    """The file next to the script has a BOM, spaces, quotes, and capitals in a UUID."""
     file = (
         "\ufeffCIRCLE_TOKEN = '%s'\nPRIMARY_ORG_ID=%s\nSTART_DATE=2026-09-01\nEND_DATE=2026-09-02\n"
     )
@@ -444,6 +444,15 @@ def test_a_dollar_sign_in_the_env_file_is_not_expanded(fake, run, tmp_path):
     assert run("--dry-run", CIRCLE_TOKEN=None).code == 0
 
 
+@pytest.mark.parametrize("line", [f" {PRIMARY}", TOKEN], ids=["a list goes on", "a lone token"])
+def test_an_env_file_with_a_line_that_is_not_a_setting_is_refused(fake, run, tmp_path, line):
+    """Otherwise, a list of organizations on two lines would lose those on the second."""
+    (tmp_path / ".env").write_text(f"SHARED_ORG_IDS={PRIMARY},\n{line}\n")
+    result = run()
+    assert result.code == 2 and fake.seen == [] and TOKEN not in result.err
+    assert f"{tmp_path / '.env'} has a line that is not NAME=value" in result.last_line
+
+
 def test_the_current_folder_does_not_matter(fake, run, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / ".env").write_text("CIRCLE_TOKEN=of-another-folder\n")
@@ -469,7 +478,7 @@ def test_a_base_url_may_have_capitals_and_end_in_a_slash(fake, run, monkeypatch)
 # --- The question for PRIMARY_ORG_ID ---
 
 
-@pytest.mark.parametrize("flags", [[], ["--quiet"]], ids=["", "quiet"])
+@pytest.mark.parametrize("flags", [[], ["--quiet"]], ids=["default", "quiet"])
 def test_without_primary_org_id_the_choices_are_listed_below_a_question(fake, run, flags):
     """Organizations without an ID are left out: the fake lists one, named Old."""
     result = run(*flags, PRIMARY_ORG_ID=None, START_DATE=None)
@@ -480,6 +489,14 @@ def test_without_primary_org_id_the_choices_are_listed_below_a_question(fake, ru
     expected = [f"{name} gh/{name} {id}" for id, name in ORGANIZATIONS.items()]
     assert [" ".join(row.split()) for row in rows] == expected
     assert [seen.path for seen in fake.seen] == ["/api/v2/me/collaborations"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_the_ids_to_choose_from_are_never_cut(fake, run, monkeypatch, width):
+    monkeypatch.setattr(usage_report.Console, "width", lambda console: width)
+    fake.organizations = {PRIMARY: "Acme " * 20}
+    assert PRIMARY in run(PRIMARY_ORG_ID=None).err
+    assert PRIMARY in run("--dry-run").err.partition("Dry run")[0]
 
 
 def test_a_single_organization_is_still_offered_as_primary_org_id(fake, run):

@@ -129,7 +129,7 @@ def waiting(fake) -> dict:
 
 def downloading(fake) -> dict:
     parts = [gzip.compress(HEADER + b"".join(rows)) for rows in split(make_rows(60), 3)]
-    fake.parts = [[Answer(body, bytes_per_write=len(body) // 40, pause=0.2)] for body in parts]
+    fake.parts = [[Answer(body, write_size=len(body) // 40, pause=0.2)] for body in parts]
     fake.parts[0][0].pause = 0
     return {}
 

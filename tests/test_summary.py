@@ -221,7 +221,7 @@ def test_rows_that_cannot_be_counted_cost_only_the_summary(fake, run, content, t
 
 
 def lines_from(err: str, title: str) -> list[str]:
-    """The lines of a table, without timestamps."""
+    """The lines from the last table with this title to the end, without timestamps."""
     lines = [line.partition(" ")[2] for line in err.splitlines()]
     start = max(n for n, line in enumerate(lines) if line.startswith(title))
     return lines[start:]
@@ -246,8 +246,8 @@ def test_the_summary_lists_organizations_and_projects_by_credits(fake, run, dial
     assert table[2] == ["Acme", "2", "499.5", "25.0%"]
     assert table[3] == ["acme-labs", "no", "usage"]
     assert table[4] == ["Total", "3", "2,000", "100.0%"]
-    projects = [line.split() for line in lines_from(result.err, "PROJECT ")]
-    assert projects[0] == ["PROJECT", "ORGANIZATION", "ROWS", "CREDITS", "SHARE"]
+    projects = [line.split() for line in lines_from(result.err, "TOP PROJECTS ")]
+    assert projects[0] == ["TOP", "PROJECTS", "ORGANIZATION", "ROWS", "CREDITS", "SHARE"]
     assert projects[1] == ["api", "Acme", "Research,", "Inc.", "1", "1,500.5", "75.0%"]
     assert projects[2] == ["api", "Acme", "1", "300", "15.0%"]
     assert projects[3][1:] == ["Acme", "1", "199.5", "10.0%"]
@@ -276,7 +276,7 @@ def test_ten_projects_with_the_most_credits_are_shown(fake, run):
     ids = [f"64b687d6-a9c7-4d25-b641-{n:012}" for n in range(15)]
     rows = [row(project_id=ids[n], project=f"project-{n}", credits=n) for n in range(15)]
     fake.parts = [[Answer(HEADER + b"".join(map(write_row, rows)))]]
-    lines = lines_from(run().err, "PROJECT ")
+    lines = lines_from(run().err, "TOP PROJECTS ")
     shown = [line.split()[0] for line in lines if line.startswith("project-")]
     assert shown == [f"project-{n}" for n in range(14, 4, -1)]
 
@@ -284,7 +284,7 @@ def test_ten_projects_with_the_most_credits_are_shown(fake, run):
 def test_projects_of_the_same_name_are_counted_apart(fake, run):
     rows = [row(), row(OTHER, "Acme Research, Inc."), row(project_id=OTHER), row()]
     fake.parts = [[Answer(HEADER + b"".join(map(write_row, rows)))]]
-    lines = lines_from(run().err, "PROJECT ")
+    lines = lines_from(run().err, "TOP PROJECTS ")
     assert sorted(line.split()[-3] for line in lines if line.startswith("api")) == ["1", "1", "2"]
 
 
