@@ -312,11 +312,7 @@ VARIABLES = {  # pattern, description, and example
     "START_DATE": (".*", "the first day, unless --start or --period is used", ""),
     "END_DATE": (".*", "the last day, unless --end or --period is used", ""),
     "SHARED_ORG_IDS": (ID_LIST_PATTERN, "UUIDs of organizations, separated by commas", EXAMPLE),
-    "CIRCLECI_BASE_URL": (
-        URL_PATTERN,
-        "https:// and a host name without a path",
-        "https://circleci.com",
-    ),
+    "CIRCLECI_BASE_URL": (URL_PATTERN, "https:// and a host name, no path", "https://circleci.com"),
 }
 
 
@@ -529,10 +525,10 @@ def send(url: str, token: str = "", body: object = None) -> requests.Response:
         headers["Circle-Token"] = token
     session = requests.Session()
     session.trust_env = url.startswith("https")  # Without TLS, a proxy would see the token.
-    settings = session.merge_environment_settings(url, {}, True, None, None)
+    options = session.merge_environment_settings(url, {}, True, None, None)
     method = "POST" if body else "GET"
     request = requests.Request(method, url, headers=headers, json=body).prepare()
-    return HTTPAdapter().send(request, timeout=TIMEOUTS, **settings)  # type: ignore[arg-type]
+    return HTTPAdapter().send(request, timeout=TIMEOUTS, **options)  # type: ignore[arg-type]
 
 
 def rate_limit_seconds(headers: Mapping[str, str]) -> float:
@@ -1252,23 +1248,18 @@ def show_summary(
     names.update({(key,): name for key, name in organizations.items() if name})
     bar = 20 if 80 <= width < LOG_WIDTH else 0
     tables: list[list[list[str]]] = [[], [], []]  # the total, organizations, projects
-    for key, (row_count, total, _) in sorted(
-        usage.items(), key=lambda item: (-item[1][1], item[0])
-    ):
+    for key, (number, total, _) in sorted(usage.items(), key=lambda item: (-item[1][1], item[0])):
         share = total / usage[()][1] if usage[()][1] else Decimal()
         labels = [names[key[:size]] for size in range(len(key), 0, -1)]
-        figures = [f"{row_count:,}", f"{total.normalize():,f}", f"{share:.1%}"]
+        figures = [f"{number:,}", f"{total.normalize():,f}", f"{share:.1%}"]
         tables[len(key)].append([*labels, *figures, ("#" * round(bar * share)).ljust(bar)])
-    (overall,), by_organization, by_project = tables
+    (overall,), by_organization, projects = tables
     unused = [name or key for key, name in organizations.items() if (key,) not in usage]
     by_organization += [[name, "no usage", "", "", ""] for name in unused]
     titles = ["ROWS", "CREDITS", "SHARE"]
     rows = [["ORGANIZATION", *titles, ""], *by_organization, ["Total", *overall[:3], ""]]
     log.log(TABLE, "%s", format_table(rows, 1, width))
-    rows = [
-        ["TOP PROJECTS", "ORGANIZATION", *titles],
-        *(row[:5] for row in by_project[:MAX_LISTED]),
-    ]
+    rows = [["TOP PROJECTS", "ORGANIZATION", *titles], *(row[:5] for row in projects[:MAX_LISTED])]
     log.log(TABLE, "%s", format_table(rows, 2, width))
     size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
     log.info("%s rows, %s, %s", overall[0], size, duration)
