@@ -259,7 +259,7 @@ MAY_HAVE_STARTED = "CircleCI may have started an export. Run again only if you c
 @dataclass
 class Interruption:
     """Ctrl-C, SIGTERM, and SIGHUP end the process at once, with a message. What the next run needs
-    is already on disk, and a library could swallow an exception."""
+    is already on disk. No exception is raised, because a library could swallow it."""
 
     console: Console
     folder: Path | None = None  # of the export, once this run has locked it
@@ -312,7 +312,7 @@ VARIABLES = {  # pattern, description, and example
     "START_DATE": (".*", "the first day, unless --start or --period is used", ""),
     "END_DATE": (".*", "the last day, unless --end or --period is used", ""),
     "SHARED_ORG_IDS": (ID_LIST_PATTERN, "UUIDs of organizations, separated by commas", EXAMPLE),
-    "CIRCLECI_BASE_URL": (URL_PATTERN, "https:// and a host name, no path", "https://circleci.com"),
+    "CIRCLECI_BASE_URL": (URL_PATTERN, "https:// and only a host name", "https://circleci.com"),
 }
 
 
@@ -424,7 +424,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
 
 
 def shift_month(day: date, months: int) -> date:
-    """The same day so many months later (earlier if negative), or that month's last day."""
+    """The same day that many months later (earlier if negative), or that month's last day."""
     year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
     return date(year, month + 1, min(day.day, calendar.monthrange(year, month + 1)[1]))
 
@@ -552,7 +552,7 @@ def sleep(seconds: float, describe: Callable[[str], str]) -> None:
 
 def retry(action: Callable[[], T], pauses: Sequence[float] = RETRY_PAUSES) -> T:
     """What action() returns. Calls it again after each RetryableError until the pauses or PATIENCE
-    run out. Then raises the last error, without its status unless all errors had the same one.
+    are used up. Then raises the last error, without its status unless all errors had the same one.
     Waiting for the rate limit does not use up a pause."""
     failures, waited = 0, 0.0
     statuses = set()
@@ -887,7 +887,7 @@ def parse_job(answer: Any) -> tuple[str, list[str]]:
 def poll_job(settings: Settings, export: Export, state: str) -> tuple[str, list[str]]:
     """Send the next GET when it is due. A 404 is retryable, because the job may be very new."""
     now = time.time()
-    # How many seconds the clock was set back since then.
+    # How many seconds the clock has been set back since the last request.
     set_back = max([now, *export.polls, export.requested_at or now]) - now
     export.polls = [at - set_back for at in export.polls]
     export.requested_at = export.requested_at and export.requested_at - set_back
@@ -902,7 +902,7 @@ def poll_job(settings: Settings, export: Export, state: str) -> tuple[str, list[
             raise RetryableError(str(error), status=404) from None
         raise
     finally:
-        export.polls[-1] = max(due, time.time())  # the latest time CircleCI can have counted it
+        export.polls[-1] = max(due, time.time())  # the latest time CircleCI could have counted it
 
 
 def wait_for_links(settings: Settings, export: Export) -> list[str]:
@@ -924,7 +924,7 @@ def wait_for_links(settings: Settings, export: Export) -> list[str]:
             raise NothingToCollect("The export has no files: no usage in this window.", NO_USAGE)
         if state not in ("created", "processing", "completed"):
             log.warning("The export job has an unknown state: %s. Waiting.", state)
-    raise ReportError(f"Export job {export.job_id} is still {state}.", UNFINISHED)
+    raise ReportError(f"Export job {export.job_id} is not finished (state: {state}).", UNFINISHED)
 
 
 # --- Reading parts and rows, whatever their dialect ---
@@ -1219,7 +1219,7 @@ def count_usage(report: Path, plain: bool) -> Usage:
         columns = parse_line(file.readline(MAX_ROW))
         missing = [name for name in COUNTED if name not in columns]
         if missing:
-            raise ValueError(f"the report lacks {', '.join(missing)}")
+            raise ValueError(f"there is no column {', '.join(missing)}")
         indexes = [columns.index(name) for name in COUNTED]
         last = len(columns) - 1
         limit = 1 + max(index for index in indexes if index < last)

@@ -61,7 +61,7 @@ def measure(job_seconds: float) -> Row:
 
 
 def measure_all(count: int = 48) -> list[Row]:
-    """Job lengths evenly on a log scale from 15 s to 4 h."""
+    """Job lengths evenly spaced on a log scale from 15 s to 4 h."""
     return [measure(15 * (4 * 3600 / 15) ** (n / (count - 1))) for n in range(count)]
 
 

@@ -22,7 +22,7 @@ class Killed(BaseException):
 
 class Disk:
     """Calls `before(number, operation)` before every operation that changes files in a folder. An
-    operation is a text such as "write state.json.new". What `before` raises is what the run gets.
+    operation is a string such as "write state.json.new". What `before` raises is what the run gets.
     A write counts twice, for its first half and for the rest."""
 
     def __init__(self, folder: Path, before: Callable[[int, str], None]) -> None:

@@ -1,7 +1,7 @@
 """A fake CircleCI on loopback that keeps the real limits: an API, and a store for the signed links.
 
 Two ports, threads, standard library only. The API checks the token, the body of the POST, and
-UUIDs, changes the state of a job over time, and grants 10 POSTs and 10 GETs an hour per
+UUIDs; changes the state of a job over time; and grants 10 POSTs and 10 GETs an hour per
 organization. The store takes a link only with its signature and before it expires, and refuses a
 request that carries credentials. A test plans failures with `plan` (API) and with the answers of a
 part (store).
@@ -75,8 +75,8 @@ HEADER = HEADERS["escaped"]
 
 
 def make_runs(count: int, organization_id: str, name: str, since: datetime) -> Iterator[list[Cell]]:
-    """Job runs of the four weeks since a day, in the real file's columns: believable, and the same
-    whenever they are made. A fifth of them never ran."""
+    """Job runs in the four weeks from `since`, in the real file's columns: believable, and the same
+    whenever they are made. A fifth of the jobs never ran."""
     dice = random.Random(organization_id)
 
     def moment(seconds: float) -> str:
@@ -258,7 +258,7 @@ class FakeCircleCI:
         self.usage = {key: list(rows) for key, rows in make_usage(dialect).items()}
 
     def plan(self, kind: str, *answers: Answer) -> None:
-        """Send these answers to me, collaborations, shares, POST, or GET before the right ones."""
+        """Answer requests to /me, collaborations, shares, POST, or GET with these first."""
         self.planned[kind].extend(answers)
 
     def requests(

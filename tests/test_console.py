@@ -150,7 +150,7 @@ def test_format_size(size, text):
         pytest.param("a\x1b[31mb\x07\u202e", "a?[31mb??", id="control characters"),
         pytest.param("x" * 300, "x" * 300, id="300 characters"),
         pytest.param("x" * 301, "x" * 299 + "\u2026", id="301 characters"),
-        pytest.param(None, "None", id="not a text"),
+        pytest.param(None, "None", id="not a string"),
     ],
 )
 def test_clean(text, shown):
@@ -317,5 +317,5 @@ def test_an_error_is_red_on_a_terminal(fast, fast_fake, output, variables):
 
 
 @pytest.mark.parametrize("width", [0, 1, 2])
-def test_text_shrinks_to_one_column_at_least(width):
+def test_text_never_shrinks_below_one_column(width):
     assert usage_report.display_width(usage_report.fit("Waiting", width)) == max(width, 1)

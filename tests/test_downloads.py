@@ -85,10 +85,10 @@ def bad_then_good(body: bytes) -> list[Answer]:
         ),
         pytest.param([Answer(GZIPPED[1] + b"more"), GOOD], id="bytes after the gzip stream"),
         pytest.param(bad_then_good(b"<html><body>Log in</body></html>"), id="HTML with 200"),
-        pytest.param(bad_then_good(b"\xef\xbb\xbf \n<!DOCTYPE html>"), id="HTML behind a BOM"),
+        pytest.param(bad_then_good(b"\xef\xbb\xbf \n<!DOCTYPE html>"), id="HTML after a BOM"),
         pytest.param(
             bad_then_good(b" " * 900 + b"<!-- S3 --><body>Sign in, please"),
-            id="HTML behind blanks",
+            id="HTML after spaces",
         ),
         pytest.param(
             bad_then_good(b'<?xml version="1.0"?><Error><Code>SlowDown</Code></Error>'),

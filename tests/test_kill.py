@@ -57,7 +57,7 @@ def kill(run, folder: Path, number: int) -> Disk:
 
 
 def test_a_run_killed_before_any_operation_can_be_resumed(small, run, tmp_path, hard_links, capsys):
-    """One POST, one report, nothing left behind. No client can close one gap: CircleCI has accepted
+    """One POST, one report, nothing left behind. One gap no client can close: CircleCI has accepted
     the POST, but the job ID is not in a file yet."""
     done = operations(run, tmp_path / "undisturbed")
     gap = []

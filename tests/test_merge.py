@@ -90,7 +90,7 @@ def row(text: str) -> bytes:
         pytest.param(
             [WITH_BLANKS + ROWS[0], WITH_BLANKS + ROWS[1]],
             WITH_BLANKS + ROWS[0] + ROWS[1],
-            id="a column name with blanks",
+            id="a column name with spaces",
         ),
         pytest.param([BOM + part for part in PARTS], BOM + WHOLE, id="a BOM, kept once"),
         pytest.param(

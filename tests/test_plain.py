@@ -84,7 +84,7 @@ def test_any_table_in_any_mix_of_dialects_becomes_plain_csv(tmp_path, rows, data
         pytest.param("two\r\nlines", '"two\r\nlines"', id="a Windows line break"),
         pytest.param("N", "N", id="the letter N"),
         pytest.param("0012", "0012", id="leading zeros"),
-        pytest.param(" x ", " x ", id="blanks"),
+        pytest.param(" x ", " x ", id="spaces"),
         pytest.param("NULL", "NULL", id="the word NULL"),
         pytest.param("=1+1", "=1+1", id="a formula"),
         pytest.param("", "", id="an empty string"),
@@ -171,7 +171,7 @@ def test_sqlite_reads_the_same_rows_and_sums(fake, run, dialect):
     "flags", [[[], ["--plain"]], [["--plain"], []]], ids=["raw, then plain", "plain, then raw"]
 )
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_after_an_interruption_the_other_form_needs_no_second_export(fake, run, flags, dialect):
+def test_after_a_failure_the_other_format_needs_no_second_export(fake, run, flags, dialect):
     runs = [RUNS[:20], RUNS[20:]]
     good = [[gzipped_part(piece, dialect)] for piece in runs]
     fake.parts = [good[0], [problem(404, "?")]]

@@ -241,8 +241,8 @@ def jump(clock: Clock, monkeypatch: pytest.MonkeyPatch, at: float, seconds: floa
 def test_a_clock_change_of_three_hours_delays_a_poll_by_one_interval_at_most(
     fake, run, clock, monkeypatch, seconds, at, job_seconds
 ):
-    """(If the clock is set forward, the script
-    cannot know that the last hour is not over, and CircleCI may answer 429.)"""
+    """If the clock is set forward, the script cannot know that the last hour is not over, and
+    CircleCI may answer 429."""
     fake.job_seconds = job_seconds
     jump(clock, monkeypatch, at, seconds)
     result = run("--quiet")
@@ -324,7 +324,7 @@ def test_a_job_of_unknown_age_is_polled_every_6_minutes_after_an_hour(fake, run,
     assert len(times) > 30 and {round(b - a) for a, b in zip(times[11:], times[12:])} == {362}
 
 
-def test_polls_of_the_killed_run_count(fake, run, clock):
+def test_polls_of_killed_runs_count_too(fake, run, clock):
     """14 runs, each killed after 200 s, share the allowance of an hour."""
     fake.job_seconds = 3000
     for _ in range(14):

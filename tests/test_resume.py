@@ -112,7 +112,7 @@ def without(*names: str):
 
 
 def only_id(text: str):
-    """A text with <id> where the job ID belongs."""
+    """A string with <id> where the job ID belongs."""
     return lambda state: text.replace("<id>", state["job_id"])
 
 
@@ -238,7 +238,7 @@ def test_parts_from_different_links_are_not_mixed(fake, run, output, number):
     [
         pytest.param(f"part-0001-of-0003-{OTHER_NAME}", id="a part twice"),
         pytest.param(f"part-0004-of-0003-{OTHER_NAME}", id="one too many"),
-        pytest.param(f"part-0001-of-0004-{OTHER_NAME}", id="a part of another number of parts"),
+        pytest.param(f"part-0001-of-0004-{OTHER_NAME}", id="a part of a four-part export"),
         pytest.param(f"part-0001-of-0001-{OTHER_NAME}", id="a complete export of one part"),
         pytest.param(f"part-0001-of-0003-{OTHER_NAME}.new", id="a draft"),
         pytest.param("merged.csv", id="a merged file"),
@@ -471,7 +471,7 @@ def test_job_id_uses_and_removes_the_folder_of_the_interrupted_run(fake, run, ou
     assert len(fake.requests("GET", "store", "data_")) - served == 3 - complete
 
 
-def test_job_id_leaves_the_folders_of_other_exports(fake, run, clock, output):
+def test_job_id_keeps_the_folders_of_other_exports(fake, run, clock, output):
     crash_after(5, clock, run)
     crash_after(5, clock, run, "--end", "2026-09-10")
     first, second = fake.jobs
@@ -480,10 +480,7 @@ def test_job_id_leaves_the_folders_of_other_exports(fake, run, clock, output):
     assert second in (folder / "state.json").read_text()
 
 
-# --- Two runs at once ---
-
-
-def test_job_id_of_another_organization_leaves_the_folder_of_the_interrupted_run(
+def test_job_id_of_another_organization_keeps_the_folder_of_the_interrupted_run(
     fake, run, clock, output
 ):
     crash_after(5, clock, run)
@@ -491,6 +488,9 @@ def test_job_id_of_another_organization_leaves_the_folder_of_the_interrupted_run
     fake.plan("GET", *[problem(404, "Usage export job does not exist.")] * 6)
     assert run("--job-id", job_id, PRIMARY_ORG_ID=list(ORGANIZATIONS)[1]).code == 1
     assert run().code == 0 and len(fake.requests("POST")) == 1 and leftovers(output) == []
+
+
+# --- Two runs at once ---
 
 
 @pytest.mark.parametrize("by_job_id", [False, True], ids=["the same command", "--job-id"])

@@ -155,7 +155,7 @@ def test_the_post_lists_the_organizations_on_the_plan(fake, run, orgs, expected,
         pytest.param({"orgs": [{"name": "x"}]}, id="no ID"),
         pytest.param({"orgs": [None]}, id="a list of null"),
         pytest.param({"organizations": []}, id="another key"),
-        pytest.param([], id="a list without an object"),
+        pytest.param([], id="an empty list"),
         pytest.param("orgs", id="a string"),
         pytest.param(7, id="a number"),
     ],
@@ -718,7 +718,7 @@ def test_the_run_waits_for_a_job_that_is_not_ready(fake, run, state):
 @pytest.mark.parametrize(
     "empty, code, gets",
     [(1, 0, 2), (2, 0, 3), (3, 3, 3)],
-    ids=["late links", "links at the third time", "no usage"],
+    ids=["late links", "links in the third response", "no usage"],
 )
 def test_links_may_come_with_the_third_completed_response_at_the_latest(
     fake, run, output, empty, code, gets
@@ -747,7 +747,7 @@ def test_an_export_that_takes_too_long_is_kept(fake, run, clock):
     result = run()
     assert result.code == 75
     assert 4 * 3600 <= clock.now - started <= 4.5 * 3600
-    assert "is still created. The export is kept" in result.last_line
+    assert "is not finished (state: created). The export is kept" in result.last_line
     assert "same command" in result.last_line
     fake.job_seconds = 1
     clock.sleep(3600)
@@ -841,7 +841,7 @@ def test_only_the_path_is_on_stdout(fast, fast_fake, output):
     assert "Traceback" not in result.err
 
 
-def test_quiet_prints_nothing_unless_the_run_fails(fast, fast_fake, output):
+def test_quiet_prints_only_the_path_unless_the_run_fails(fast, fast_fake, output):
     result = fast.run(fast_fake, "--quiet", "--output-dir", output)
     assert (result.code, result.err) == (0, "") and result.report.exists()
     failed = fast.run(fast_fake, "--quiet", "--output-dir", output, CIRCLE_TOKEN="wrong")
@@ -905,7 +905,7 @@ def test_the_path_is_printed_as_its_bytes(fast, fast_fake, tmp_path, name, varia
 def test_a_signal_during_the_imports_exits_without_a_message(
     fast, fast_fake, tmp_path, module, name, code
 ):
-    """A module of this name sends it while it is imported."""
+    """A module of this name sends the signal while being imported."""
     text = f"import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(9)\n"
     (tmp_path / f"{module}.py").write_text(text)
     result = fast.run(fast_fake, PYTHONPATH=str(tmp_path))
@@ -920,7 +920,7 @@ def setup_command(text: str) -> str:
 
 
 def test_a_missing_package_is_one_line_with_the_setup_command(tmp_path):
-    """Python finds no packages with -S. The folder's name has blanks and a quote."""
+    """Python finds no packages with -S. The folder's name has spaces and a quote."""
     script = tmp_path / "Pat's own folder" / "usage_report.py"
     script.parent.mkdir()
     script.write_bytes((PROJECT / "usage_report.py").read_bytes())

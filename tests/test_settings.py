@@ -1,4 +1,4 @@
-"""Settings: where they come from, and what happens, before any request, if one is wrong."""
+"""Settings: where they come from, and how a wrong one is refused before any request."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_invalid_settings_exit_with_2_before_any_request(fake, run, arguments, v
     ],
 )
 def test_dates_in_messages_are_valid_today(run, clock, today, arguments, variables):
-    """Each date of the advice, as a window of one day; and the last two, as a window."""
+    """Each date in the advice works as a one-day window, and the last two as a window."""
     clock.now = at(f"{today}T12:00:00Z")
     message = run(*arguments, **variables).err.partition(" ")[2]
     given = {*arguments, *variables.values()}
@@ -271,7 +271,7 @@ def in_request(result: Result) -> str:
         ("2026-10-24", "2025-12", "2025-12-01T00:00:00Z 2025-12-31T23:59:59Z"),
     ],
 )
-def test_a_period_is_whole_utc_days_until_yesterday(fake, run, clock, today, period, expected):
+def test_a_period_is_whole_utc_days_through_yesterday(fake, run, clock, today, period, expected):
     """And it overrides START_DATE and END_DATE, which the fixture sets."""
     clock.now = at(f"{today}T23:59:00Z")
     assert requested(run, "--period", period) == expected

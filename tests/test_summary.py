@@ -201,7 +201,7 @@ def test_credits_that_cannot_be_counted_cost_only_the_summary(fake, run, credits
 @pytest.mark.parametrize(
     "content, text",
     [
-        pytest.param(b"A,B\n1,2\n", "lacks ORGANIZATION_ID", id="other columns"),
+        pytest.param(b"A,B\n1,2\n", "no column ORGANIZATION_ID", id="other columns"),
         pytest.param(HEADER + ROW + b"x,y\n", "", id="a row that is too short"),
         pytest.param(HEADER + b"x," + ROW, "", id="a row that is too long"),
         pytest.param(HEADER + ROW + b'"' + ROW, "", id="a quote that is never closed"),
@@ -281,7 +281,7 @@ def test_ten_projects_with_the_most_credits_are_shown(fake, run):
     assert shown == [f"project-{n}" for n in range(14, 4, -1)]
 
 
-def test_projects_of_the_same_name_are_counted_apart(fake, run):
+def test_projects_with_the_same_name_are_counted_separately(fake, run):
     rows = [row(), row(OTHER, "Acme Research, Inc."), row(project_id=OTHER), row()]
     fake.parts = [[Answer(HEADER + b"".join(map(write_row, rows)))]]
     lines = lines_from(run().err, "TOP PROJECTS ")
