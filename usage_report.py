@@ -67,8 +67,8 @@ warnings.filterwarnings("ignore", module="urllib3")  # It warns about macOS Pyth
 try:
     import dotenv
     import requests
+    import urllib3
     from requests.adapters import HTTPAdapter
-    from urllib3 import Retry
     from urllib3.exceptions import HTTPError, InvalidHeader
 except ImportError as error:
     sys.exit(f"{error}. Use .venv/bin/python to run this script. Not set up yet? {SETUP}")
@@ -190,12 +190,12 @@ def fit(text: str, width: int, right: bool = False) -> str:
     return padding + text if right else text + padding
 
 
-def format_table(rows: Sequence[Sequence[str]], names: int, width: int) -> str:
-    """Aligned text. The first `names` columns hold names: left-aligned, shortened to fit."""
+def format_table(rows: Sequence[Sequence[str]], name_columns: int, width: int) -> str:
+    """Aligned text. Names come first: they are left-aligned, and shortened to fit."""
     widths = [max(map(display_width, column)) for column in zip(*rows)]
-    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[:names]) > 12:
-        widths[widths.index(max(widths[:names]))] -= 1
-    right = [column >= names for column in range(len(widths))]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[:name_columns]) > 12:
+        widths[widths.index(max(widths[:name_columns]))] -= 1
+    right = [column >= name_columns for column in range(len(widths))]
     return "\n".join("  ".join(map(fit, row, widths, right)).rstrip() for row in rows)
 
 
@@ -535,7 +535,7 @@ def rate_limit_seconds(headers: Mapping[str, str]) -> float:
     """How long to wait after a 429: Retry-After, else X-RateLimit-Reset (both from CircleCI's API
     developers' guide), else a tenth of an hour."""
     with contextlib.suppress(InvalidHeader, ValueError, OverflowError):
-        return Retry().parse_retry_after(headers.get("Retry-After", "")[:40])
+        return urllib3.Retry().parse_retry_after(headers.get("Retry-After", "")[:40])
     reset = headers.get("X-RateLimit-Reset", "")
     return float(reset) if re.fullmatch("[0-9]{1,5}", reset) else POLL_INTERVAL
 
@@ -734,7 +734,7 @@ class Export:
 def load_export(folder: Path) -> Export:
     """The export of an earlier run, if any. If a value is invalid, only the job ID is used."""
     found = None
-    for name in (STATE + ".new", STATE):  # the draft, if a run was killed just after the POST
+    for name in (STATE + ".new", STATE):  # The draft counts if a run was killed while saving it.
         with contextlib.suppress(FileNotFoundError):
             text = (folder / name).read_text("utf-8", errors="replace")
             found = re.search(rf'(?i)"job_id"\s*:\s*"({ID_PATTERN})"', text) or found
@@ -764,7 +764,7 @@ def find_folder(settings: Settings, organizations: Iterable[str]) -> Path:
 
 @contextlib.contextmanager
 def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
-    """Lock an export's folder for this run. At the end, remove the folder if it has no export."""
+    """Lock an export's folder for this run. If the run fails without an export, remove it."""
     folder.mkdir(exist_ok=True)
     with open(folder / LOCK, "a+b") as file:
         try:
@@ -786,8 +786,9 @@ def open_folder(folder: Path, interruption: Interruption) -> Iterator[None]:
             interruption.advice = AGAIN
             remove_folder(folder)
             raise
-        finally:
+        except BaseException:
             tidy_folder(folder)
+            raise
     if sys.platform == "win32":  # Windows cannot remove an open file.
         tidy_folder(folder)
 
@@ -823,12 +824,12 @@ def request_export(
     settings: Settings, body: Mapping[str, Any], folder: Path, interruption: Interruption
 ) -> Export:
     """Start an export job and save its ID. A POST with an unknown outcome may have started one, and
-    the API does not list exports. So the POST is repeated at most once."""
+    the API does not list exports. So the POST is repeated at most once, except after a 429."""
     interruption.advice = AGAIN
-    draft = Export(folder, end=body["end"], polls=load_export(folder).polls)
+    unsent = Export(folder, end=body["end"], polls=load_export(folder).polls)
     for path in folder.glob("part-*"):  # of the earlier job
         path.unlink()
-    draft.save()  # If the disk is full, fail before an export is spent.
+    unsent.save()  # If the disk is full, fail before an export is spent.
 
     def post() -> Export:
         with interruption.hold():
@@ -840,7 +841,7 @@ def request_export(
                     interruption.advice = MAY_HAVE_STARTED
                 raise
             interruption.advice = f"Use --job-id {job_id} to collect the export."
-            export = replace(draft, job_id=job_id, requested_at=requested_at)
+            export = replace(unsent, job_id=job_id, requested_at=requested_at)
             export.save()
             interruption.advice = COLLECT
         log.info("CircleCI started export job %s.", export.job_id)
@@ -862,7 +863,7 @@ GROWTH: float = (HOUR / FIRST_POLL + 1) ** (1 / GETS_PER_HOUR)
 
 def next_poll(requested_at: float | None, polls: Sequence[float], completed: bool = False) -> float:
     """When (Unix seconds) the next GET is due: in a geometric series for an hour, then every 6
-    minutes. As soon as allowed if the job's age is unknown or a completed job needs new links."""
+    minutes. As soon as allowed for new links, and for the first GET of a job of unknown age."""
     allowed = polls[-GETS_PER_HOUR] + HOUR if len(polls) >= GETS_PER_HOUR else 0
     if completed or not (requested_at or polls):
         return allowed
@@ -1023,7 +1024,7 @@ def parse_line(line: bytes) -> tuple[str, ...]:
 class Part:
     number: int
     link: str  # signed
-    stem: Path  # of its file
+    path: Path  # of its file, without size and suffix
     received: int = 0  # bytes
     length: int | None = None  # bytes; None if not known
 
@@ -1054,8 +1055,7 @@ def collect_parts(settings: Settings, export: Export) -> list[Path]:
         # Without signatures, so that new links give the same names.
         paths = "\n".join(link.partition("?")[0] for link in links)
         stems = part_stems(len(links), hashlib.sha256(paths.encode()).hexdigest()[:12])
-        pairs = enumerate(zip(links, stems), 1)
-        parts = [Part(number, link, export.folder / stem) for number, (link, stem) in pairs]
+        parts = list(map(Part, count(1), links, map(export.folder.joinpath, stems)))
         if download_parts(parts):
             found = stored_parts(export.folder)
             return [found[stem] for stem in stems]
@@ -1066,9 +1066,9 @@ def collect_parts(settings: Settings, export: Export) -> list[Path]:
 def download_parts(parts: Sequence[Part]) -> bool:
     """Download the missing parts, a few at a time. Tries them all, keeps what is complete, and
     raises the first error. Returns whether all links were still valid."""
-    folder = parts[0].stem.parent
+    folder = parts[0].path.parent
     stored = stored_parts(folder)
-    missing = [part for part in parts if part.stem.name not in stored]
+    missing = [part for part in parts if part.path.name not in stored]
     pool = concurrent.futures.ThreadPoolExecutor(PARALLEL_DOWNLOADS)
     jobs = [pool.submit(retry, partial(download_part, part)) for part in missing]
     running = set(jobs)
@@ -1099,7 +1099,7 @@ def download_part(part: Part) -> bool:
     part.length = response.raw.length_remaining
     # False: without undoing a Content-Encoding, so that the bytes can be counted and checked.
     read = partial(with_timeout, name, READ_SECONDS, response.raw.read, READ_BYTES, False)
-    with new_file(part.stem) as file:
+    with new_file(part.path) as file:
         for block in iter(read, b""):
             if not part.received and not block.startswith(GZIP):
                 check_start(name, block)  # now, because a web page may never end
@@ -1117,8 +1117,8 @@ def download_part(part: Part) -> bool:
         compressed = content is not file
         if not compressed and part.length is None and not response.raw.chunked:
             raise RetryableError(f"{name} may be incomplete: the server did not send its size.")
-    os.replace(part.stem, f"{part.stem}-{part.received}.csv.gz")
-    flush_folder(part.stem.parent)
+    os.replace(part.path, f"{part.path}-{part.received}.csv.gz")
+    flush_folder(part.path.parent)
     log.debug("%s is complete: %d bytes", name, part.received)
     return True
 
@@ -1133,29 +1133,30 @@ def check_start(name: str, start: bytes) -> None:
 # --- Merging: the header once, then every row of every part ---
 
 
-def merge_parts(parts: Sequence[Path], report: BinaryIO, plain: bool) -> None:
-    """Write the bytes of every row, or plain CSV. Raises ReportError if a part does not fit the
-    first one, NothingToCollect if all are empty."""
+def merge_parts(parts: Sequence[Path], target: Path, plain: bool) -> None:
+    """Write a file with the bytes of every row, or with plain CSV. Raises ReportError if a part
+    does not fit the first one, NothingToCollect if all are empty."""
     header = b""
-    for number, path in enumerate(parts, 1):
-        try:
-            with open(path, "rb") as file:
-                header = merge_part(decompress(file), header, report, plain)
-        except ValueError as error:
-            for suspect in {parts[0], path}:
-                suspect.unlink()  # so that the next run downloads it again
-            raise ReportError(f"Part {number} {error}.") from None
-        except csv.Error as error:
-            hint = "Run without --plain to get the rows as CircleCI wrote them."
-            raise ReportError(f"Part {number}: {error}. {hint}") from None
-        except DAMAGED_GZIP:
-            path.unlink()
-            raise ReportError(f"Part {number} was damaged on disk.", UNFINISHED) from None
+    with new_file(target) as merged:
+        for number, path in enumerate(parts, 1):
+            try:
+                with open(path, "rb") as file:
+                    header = merge_part(decompress(file), header, merged, plain)
+            except ValueError as error:
+                for suspect in {parts[0], path}:
+                    suspect.unlink()  # so that the next run downloads it again
+                raise ReportError(f"Part {number} {error}.") from None
+            except csv.Error as error:
+                hint = "Run without --plain to get the rows as CircleCI wrote them."
+                raise ReportError(f"Part {number}: {error}. {hint}") from None
+            except DAMAGED_GZIP:
+                path.unlink()
+                raise ReportError(f"Part {number} was damaged on disk.", UNFINISHED) from None
     if not header:
         raise NothingToCollect("The export has no rows: no usage in this window.", NO_USAGE)
 
 
-def merge_part(content: Any, header: bytes, report: BinaryIO, plain: bool) -> bytes:
+def merge_part(content: Any, header: bytes, merged: BinaryIO, plain: bool) -> bytes:
     """Write one part. Returns the header line, which is empty until a part has one. Raises
     ValueError if the first line is neither a header nor a fitting row, csv.Error for a bad row."""
     line = content.readline(MAX_ROW)
@@ -1176,14 +1177,14 @@ def merge_part(content: Any, header: bytes, report: BinaryIO, plain: bool) -> by
         text = clean(", ".join(changes)) or "in a different order"
         raise ValueError(f"has {len(cells)} columns, but part 1 has {len(columns)}: {text}")
     if plain:
-        text_file = io.TextIOWrapper(report, "utf-8", newline="")
+        text_file = io.TextIOWrapper(merged, "utf-8", newline="")
         csv.writer(text_file).writerows(read_rows(read_lines(content, line), len(cells)))
         text_file.detach()
         return header
     for block in chain([line], iter(partial(content.read, BLOCK), b"")):
-        report.write(block)
+        merged.write(block)
     if block and not block.endswith(b"\n"):
-        report.write(b"\r\n" if header.endswith(b"\r\n") else b"\n")
+        merged.write(b"\r\n" if header.endswith(b"\r\n") else b"\n")
     return header
 
 
@@ -1233,9 +1234,9 @@ def count_usage(report: Path, plain: bool) -> Usage:
                 if not CREDITS.fullmatch(credits):
                     raise ValueError(f"{clean(credits)} is not a valid number of credits")
                 key, used = (organization_id.lower(), project_id), Decimal(credits or 0) * times
-                for size, name in enumerate(("", organization, project)):
-                    row_count, total, _ = usage.get(key[:size], (0, Decimal(), ""))
-                    usage[key[:size]] = row_count + times, total + used, name
+                for depth, name in enumerate(("", organization, project)):
+                    row_count, total, _ = usage.get(key[:depth], (0, Decimal(), ""))
+                    usage[key[:depth]] = row_count + times, total + used, name
     return usage
 
 
@@ -1246,11 +1247,11 @@ def show_summary(
     usage = count_usage(report, plain)
     names = {key: clean(name or "".join(key[-1:])) or "-" for key, (_, _, name) in usage.items()}
     names.update({(key,): name for key, name in organizations.items() if name})
-    bar = 20 if 80 <= width < LOG_WIDTH else 0
+    bar = 20 if 80 <= width < LOG_WIDTH else 0  # only on a terminal that has room
     tables: list[list[list[str]]] = [[], [], []]  # the total, organizations, projects
     for key, (number, total, _) in sorted(usage.items(), key=lambda item: (-item[1][1], item[0])):
         share = total / usage[()][1] if usage[()][1] else Decimal()
-        labels = [names[key[:size]] for size in range(len(key), 0, -1)]
+        labels = [names[key[:depth]] for depth in range(len(key), 0, -1)]
         figures = [f"{number:,}", f"{total.normalize():,f}", f"{share:.1%}"]
         tables[len(key)].append([*labels, *figures, ("#" * round(bar * share)).ljust(bar)])
     (overall,), by_organization, projects = tables
@@ -1273,8 +1274,8 @@ def show_request(settings: Settings, organizations: Mapping[str, str], width: in
         log.info("Collecting export job %s.", settings.job_id)
         return
     first, last = settings.start[:10], settings.end[:10]
-    count = f"{len(organizations)} organization{'s' * (len(organizations) > 1)}"
-    log.info("Usage from %s to %s (UTC), %s", first, last, count)
+    total = f"{len(organizations)} organization{'s' * (len(organizations) > 1)}"
+    log.info("Usage from %s to %s (UTC), %s", first, last, total)
     titles = ["ORGANIZATION", "ID".ljust(36)]
     rows = [titles, *([name or "-", key] for key, name in organizations.items())]
     log.log(TABLE, "%s", format_table(rows[: MAX_LISTED + 1], 1, width))
@@ -1294,8 +1295,9 @@ def obtain_parts(
     try:
         return export, collect_parts(settings, export)
     except ReportError as error:
+        # With --job-id, the folder of the run that requested the job stays.
         if error.status != 404 or (settings.job_id and export.requested_at):
-            raise  # With --job-id, the folder of the run that requested the job stays.
+            raise
         if settings.primary not in (row[2].lower() for row in list_collaborations(settings)):
             raise ReportError(f"{error} CIRCLE_TOKEN has no access to PRIMARY_ORG_ID.") from None
         if settings.job_id:
@@ -1316,21 +1318,21 @@ def run(args: argparse.Namespace, console: Console, interruption: Interruption) 
     organizations = {} if settings.job_id else find_organizations(settings)
     show_request(settings, organizations, console.width())
     body = {"start": settings.start, "end": settings.end, "shared_org_ids": list(organizations)}
+    folder = find_folder(settings, organizations)
     if args.dry_run:
+        job_id = resume_export(folder, settings).job_id
         post = f"POST {settings.jobs_path}\n{json.dumps(body, indent=2)}"
-        text = f"GET {settings.jobs_path}/{settings.job_id}" if settings.job_id else post
+        text = f"GET {settings.jobs_path}/{job_id}" if job_id else post
         log.info("Dry run. The next request would be:\n%s", text)
         return 0
-    folder = find_folder(settings, organizations)
     with open_folder(folder, interruption):
         export = resume_export(folder, settings)
         interruption.advice = COLLECT if export.job_id else AGAIN
-        report = settings.output / export.report
+        report = settings.output / export.report  # Without a name, this is the folder.
         if not report.is_file() or export.plain != args.plain:  # not published yet in this format
             request = partial(request_export, settings, body, folder, interruption)
             export, parts = obtain_parts(settings, export, request)
-            with new_file(folder / MERGED) as file:
-                merge_parts(parts, file, args.plain)
+            merge_parts(parts, folder / MERGED, args.plain)
             days = f"{settings.start[:10]}_{(export.end or settings.end)[:10]}"
             report = publish_report(export, settings.job_id or days, args.plain)
         with interruption.hold():
@@ -1369,7 +1371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.debug("%s", traceback.format_exc())
     if interruption.advice == COLLECT:
         text += f" The export is kept in {interruption.folder}. Run the same command to resume."
-    elif interruption.advice != AGAIN:  # Running the same command again could cost another export.
+    elif interruption.advice != AGAIN:  # --job-id is needed, or a repetition could cost an export.
         code, text = FAILED, f"{text} {interruption.advice}"
     elif code == UNFINISHED:
         text += f" {AGAIN}"

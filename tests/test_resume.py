@@ -70,6 +70,16 @@ def test_another_base_url_is_another_export(fake, run, clock):
     assert len(fake.requests("POST")) == 2
 
 
+def test_a_dry_run_shows_that_the_next_run_resumes(fake, run, output):
+    crash(run, output, "open merged.csv")
+    (job_id,) = fake.jobs
+    result = run("--dry-run")
+    assert re.search(
+        f"The next request would be:\n.* GET .*/usage_export_job/{job_id}$", result.err
+    )
+    assert_one_report(fake, output, run())
+
+
 # --- An export whose end was in the future ---
 
 CUT = ["--start", "2026-10-10", "--end", "2026-10-31"]
