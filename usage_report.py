@@ -16,14 +16,8 @@ Ctrl-C, SIGTERM, or SIGHUP.
 from __future__ import annotations  # SyntaxError? usage_report.py needs Python 3.9 or newer.
 
 import os
-import shlex
 import signal
 import sys
-
-SETUP = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
-SETUP = f"Run: cd {shlex.quote(os.path.dirname(os.path.abspath(__file__)))} && {SETUP}"
-if sys.version_info < (3, 9):
-    sys.exit(f"usage_report.py needs Python 3.9 or newer. Install a newer Python first. {SETUP}")
 
 SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 # Signals that are ignored at the start (nohup does that) stay ignored.
@@ -31,6 +25,13 @@ SIGNALS = [number for number in SIGNALS if signal.getsignal(number) != signal.SI
 if __name__ == "__main__":  # The imports below take a while. Ctrl-C must not show a traceback.
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(128 + number))
+
+import shlex
+
+SETUP = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
+SETUP = f"Run: cd {shlex.quote(os.path.dirname(os.path.abspath(__file__)))} && {SETUP}"
+if sys.version_info < (3, 9):
+    sys.exit(f"usage_report.py needs Python 3.9 or newer. Install a newer Python first. {SETUP}")
 
 import argparse
 import calendar
@@ -65,9 +66,9 @@ from unicodedata import combining, east_asian_width
 warnings.filterwarnings("ignore", module="urllib3")  # It warns about macOS Python's old SSL.
 
 try:
-    import dotenv
     import requests
     import urllib3
+    from dotenv.parser import parse_stream
     from requests.adapters import HTTPAdapter
     from urllib3.exceptions import HTTPError, InvalidHeader
 except ImportError as error:
@@ -375,6 +376,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_variables(path: str) -> tuple[dict[str, str], str]:
     """The values of VARIABLES, and where the token comes from. An empty path means .env."""
     env_file, content = Path(path or SCRIPT_FOLDER / ".env").absolute(), ""
+    in_file: dict[str | None, str | None] = {}
     try:
         if path or env_file.exists():
             content = env_file.read_text("utf-8-sig")  # Some editors write a BOM.
@@ -382,10 +384,13 @@ def read_variables(path: str) -> tuple[dict[str, str], str]:
         reason = getattr(error, "strerror", "it is not UTF-8")
         hint = "Check the file, or use --env-file with another one."
         raise ReportError(f"Cannot read {env_file}: {reason}. {hint}", INVALID) from None
-    # No interpolation: a $ in a value is a $.
-    in_file = dotenv.dotenv_values(stream=io.StringIO(content), interpolate=False)
-    complete = None not in in_file.values()  # A list of IDs, for example, cannot span lines.
-    require(complete, f"{env_file} has a line that is not NAME=value. Correct that line.")
+    for entry in parse_stream(io.StringIO(content)):
+        # Otherwise, a list of organizations on two lines would lose those on the second line.
+        setting = entry.value is not None or re.fullmatch(r"\w*", entry.key or "")
+        hint = "Put each setting on one line, such as CIRCLE_TOKEN=CCIPAT_..."
+        valid = setting and not entry.error
+        require(valid, f"{env_file} is invalid near line {entry.original.line}. {hint}")
+        in_file[entry.key] = entry.value
     values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
     source = "the environment" if values["CIRCLE_TOKEN"] else str(env_file)
     values = {name: value or (in_file.get(name) or "").strip() for name, value in values.items()}
@@ -742,9 +747,10 @@ def load_export(folder: Path) -> Export:
         return Export(folder)
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         export = Export(folder, **{**json.loads(found.string), "job_id": found[1].lower()})
-        times = [*export.polls, export.requested_at or 1]
+        times = [*export.polls, 1 if export.requested_at is None else export.requested_at]
         valid = all(type(at) in (int, float) and 0 < at < time.time() + 86400 for at in times)
-        valid = valid and bool(re.fullmatch("([0-9TZ:-]{20})?", export.end))
+        if export.end != "":
+            datetime.strptime(export.end, ISO)
         if valid and re.fullmatch(r"(all_orgs_[\w-]{1,200}\.csv)?", export.report):
             return export
     return Export(folder, found[1].lower())
@@ -1354,7 +1360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     console = Console(args.quiet and not args.dry_run, args.verbose)
     log.setLevel(logging.DEBUG)
-    log.handlers = logging.getLogger("dotenv").handlers = [console]
+    log.handlers = [console]
     interruption = Interruption(console)
     if __name__ == "__main__":
         for number in SIGNALS:

@@ -896,6 +896,7 @@ def test_the_path_is_printed_as_its_bytes(fast, fast_fake, tmp_path, name, varia
 @pytest.mark.parametrize(
     "module, name, code",
     [
+        ("shlex", "SIGINT", 130),
         ("argparse", "SIGINT", 130),
         ("requests", "SIGINT", 130),
         ("dotenv", "SIGTERM", 143),

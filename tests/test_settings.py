@@ -13,6 +13,8 @@ from fake_circleci import ORGANIZATIONS, PRIMARY, TOKEN, in_json, problem
 
 import usage_report
 
+OTHER = list(ORGANIZATIONS)[1]
+
 SEPTEMBER = "2026-09-01T00:00:00Z 2026-09-30T23:59:59Z"
 
 
@@ -444,13 +446,38 @@ def test_a_dollar_sign_in_the_env_file_is_not_expanded(fake, run, tmp_path):
     assert run("--dry-run", CIRCLE_TOKEN=None).code == 0
 
 
-@pytest.mark.parametrize("line", [f" {PRIMARY}", TOKEN], ids=["a list goes on", "a lone token"])
-def test_an_env_file_with_a_line_that_is_not_a_setting_is_refused(fake, run, tmp_path, line):
-    """Otherwise, a list of organizations on two lines would lose those on the second."""
-    (tmp_path / ".env").write_text(f"SHARED_ORG_IDS={PRIMARY},\n{line}\n")
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param(f"SHARED_ORG_IDS={PRIMARY},\n  {OTHER}", id="one ID on the second line"),
+        pytest.param(f"SHARED_ORG_IDS=\n {PRIMARY}, {OTHER}", id="two IDs on the second line"),
+        pytest.param(f"SHARED_ORG_IDS=\n- {PRIMARY}\n- {OTHER}", id="a YAML list"),
+        pytest.param(f"SHARED_ORG_IDS: {PRIMARY}", id="a colon"),
+        pytest.param(f'SHARED_ORG_IDS="{PRIMARY}", "{OTHER}"', id="two quoted values"),
+        pytest.param(f"CIRCLE_TOKEN='{TOKEN}", id="a quote that is not closed"),
+        pytest.param("START_DATE=2026-09-01\n\x1a", id="a control character"),
+    ],
+)
+def test_an_env_file_with_an_invalid_line_is_refused(fake, run, tmp_path, lines):
+    """Otherwise, a list of organizations could lose some of them."""
+    (tmp_path / ".env").write_text(lines)
     result = run()
     assert result.code == 2 and fake.seen == [] and TOKEN not in result.err
-    assert f"{tmp_path / '.env'} has a line that is not NAME=value" in result.last_line
+    assert re.search(r"\.env is invalid near line [12]\. Put each setting on one", result.last_line)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param("export END_DATE=2026-09-05", id="export"),
+        pytest.param("# comment\r\n\r\nEND_DATE = '2026-09-05' # comment\r\n", id="CRLF, comments"),
+        pytest.param("CIRCLE_TOKEN\nexport PATH\nEND_DATE=2026-09-05", id="names alone"),
+        pytest.param(f'SHARED_ORG_IDS="\n{PRIMARY},\n"\nEND_DATE=2026-09-05', id="a quoted list"),
+    ],
+)
+def test_an_env_file_in_any_usual_notation_is_read(fake, run, tmp_path, lines):
+    (tmp_path / ".env").write_bytes(lines.encode())
+    assert requested(run, END_DATE=None).endswith("2026-09-05T23:59:59Z")
 
 
 def test_the_current_folder_does_not_matter(fake, run, tmp_path, monkeypatch):
