@@ -1103,8 +1103,7 @@ def download_part(part: Part) -> bool:
         raise ReportError(f"{name} failed with {status}. The report needs every part.")
     response.raw.enforce_content_length = True  # urllib3 1.26 does not do this by default.
     part.length = response.raw.length_remaining
-    # False: without undoing a Content-Encoding, so that the bytes can be counted and checked.
-    read = partial(with_timeout, name, READ_SECONDS, response.raw.read, READ_BYTES, False)
+    read = partial(with_timeout, name, READ_SECONDS, response.raw.read, READ_BYTES)
     with new_file(part.path) as file:
         for block in iter(read, b""):
             if not part.received and not block.startswith(GZIP):

@@ -109,6 +109,15 @@ def test_a_window_cut_to_now_is_requested_again_once_it_has_passed(
     assert json.loads(fake.requests("POST")[-1].body)["end"].startswith(last_day)
 
 
+def test_job_id_never_requests_the_whole_window(fake, run, clock, output):
+    crash(run, output, "open merged.csv", *CUT)
+    (job_id,) = fake.jobs
+    clock.sleep(8 * 86400)
+    result = run("--job-id", job_id, *CUT)
+    assert result.code == 0 and result.report.name.endswith(f"_{job_id}.csv")
+    assert len(fake.requests("POST")) == 1 and leftovers(output) == []
+
+
 # --- Damaged state ---
 
 

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from http.client import BadStatusLine, RemoteDisconnected
@@ -49,6 +50,16 @@ def test_parts_become_one_file_byte_for_byte(fake, run, output, parts):
     assert re.fullmatch(r"all_orgs_\d{8}_\d{6}_2026-09-01_2026-09-30\.csv", result.report.name)
     assert result.out == f"{result.report}\n" and result.report.is_absolute()
     assert leftovers(output) == []
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="needs time.tzset")
+def test_the_name_of_the_report_has_the_local_time(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        name = run().report.name
+    time.tzset()
+    assert re.match(r"all_orgs_20261024_2100\d\d_", name)
 
 
 def test_one_post_requests_every_organization_on_the_plan(fake, run):

@@ -9,7 +9,7 @@ from datetime import datetime
 
 import pytest
 from clocks import Result
-from fake_circleci import ORGANIZATIONS, PRIMARY, TOKEN, in_json, problem
+from fake_circleci import ORGANIZATIONS, PRIMARY, TOKEN, Answer, in_json, problem
 
 import usage_report
 
@@ -541,6 +541,7 @@ def test_a_single_organization_is_still_offered_as_primary_org_id(fake, run):
         pytest.param(in_json([{"id": 7}]), 1, "has no organization", id="a number as ID"),
         pytest.param(in_json({"items": []}), 1, "unexpected data", id="an object"),
         pytest.param(in_json([1]), 1, "unexpected data", id="a list of numbers"),
+        pytest.param(Answer(b"<html>"), 1, "unexpected data", id="HTML"),
         pytest.param(problem(401, "No."), 1, "failed with 401: No. CIRCLE_TOKEN", id="401"),
         pytest.param(problem(429, "Slow.", **{"Retry-After": "7"}), 2, "Retrying in 7 s", id="429"),
     ],
