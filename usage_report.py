@@ -313,7 +313,7 @@ VARIABLES = {  # pattern, description, and example
     "START_DATE": (".*", "the first day, unless --start or --period is used", ""),
     "END_DATE": (".*", "the last day, unless --end or --period is used", ""),
     "SHARED_ORG_IDS": (ID_LIST_PATTERN, "UUIDs of organizations, separated by commas", EXAMPLE),
-    "CIRCLECI_BASE_URL": (URL_PATTERN, "https:// and only a host name", "https://circleci.com"),
+    "CIRCLECI_BASE_URL": (URL_PATTERN, "an https:// URL without a path", "https://circleci.com"),
 }
 
 
@@ -461,7 +461,7 @@ def parse_time(name: str, value: str, time_of_day: str, hint: str) -> datetime:
 
 
 def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> tuple[str, ...]:
-    """Start, end, and wanted end: of --period, or as set. A future end is cut to a minute ago."""
+    """Start, end, and wanted end: of --period, or as set. A future end becomes one minute ago."""
     now = datetime.fromtimestamp(int(time.time()), timezone.utc)
     days = period_days("last-month", now.date())
     hint = f"Use --period last-month, or --start {days[0]} --end {days[1]}."
@@ -594,7 +594,7 @@ def next_step(settings: Settings, status: int) -> str:
 
 def call_api(settings: Settings, path: str, parse: Callable[[Any], T], body: object = None) -> T:
     """Send a GET, or a POST if there is a body. Returns parse(JSON of the response). The token goes
-    only to the host of base_url. Raises RetryableError, also for unexpected data, or ReportError
+    only to the host of base_url. Raises RetryableError (also for unexpected data) or ReportError
     with the HTTP status."""
     url, started = settings.base_url + path, time.time()
     what = f"{'POST' if body else 'GET'} {url}"
@@ -719,7 +719,7 @@ class Export:
     job_id: str = ""  # "" if there is no job yet
     end: str = ""  # as requested; "" if not known
     requested_at: float | None = None  # Unix seconds; None if not known
-    polls: list[float] = field(default_factory=list)  # Unix seconds of GETs, earlier jobs' too
+    polls: list[float] = field(default_factory=list)  # Unix seconds of this and earlier jobs' GETs
     completed: bool = False  # whether CircleCI has returned download links
     report: str = ""  # the report's name, recorded before it is published
     plain: bool = False  # whether that report is plain CSV
@@ -862,14 +862,14 @@ def parse_job_id(answer: Any) -> str:
 
 # --- Waiting for the job ---
 
-# In a geometric series, the last wait is at most a fixed share of the job's length, whatever that
-# is. GET n is due FIRST_POLL * GROWTH**n after the POST, and GET 10 is due an hour after GET 0.
+# In a geometric series, the last wait is at most a fixed share of any job's length. GET n is due
+# FIRST_POLL * GROWTH**n after the POST, and GET 10 is due an hour after GET 0.
 GROWTH: float = (HOUR / FIRST_POLL + 1) ** (1 / GETS_PER_HOUR)
 
 
 def next_poll(requested_at: float | None, polls: Sequence[float], completed: bool = False) -> float:
     """When (Unix seconds) the next GET is due: in a geometric series for an hour, then every 6
-    minutes. As soon as allowed for new links, and for the first GET of a job of unknown age."""
+    minutes. For new links and the first GET of a job of unknown age: as soon as allowed."""
     allowed = polls[-GETS_PER_HOUR] + HOUR if len(polls) >= GETS_PER_HOUR else 0
     if completed or not (requested_at or polls):
         return allowed
@@ -946,7 +946,7 @@ ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 def decompress(file: Any) -> Any:
-    """The content without its gzip layers: the file's own, and one that the store may add."""
+    """The content without its gzip layers: the file's own, and one that the server may add."""
     for _ in range(2):
         if file.peek(2)[:2] == GZIP:
             file = gzip.GzipFile(fileobj=file, mode="rb")
@@ -1000,7 +1000,7 @@ def unescape(cell: str, quoted: bool) -> str:
 
 
 def split_row(line: str, more: Iterator[str], quoted: bool) -> list[str]:
-    """The cells of any row, still escaped. Takes more lines if a quote or an escape is open."""
+    """The cells of any row; backslashes stay. Takes more lines if a quote or an escape is open."""
     if quoted:
         return next(csv.reader(chain([line], more), strict=True))
     lines, size = [line], len(line)
@@ -1180,7 +1180,7 @@ def merge_part(content: Any, header: bytes, merged: BinaryIO, plain: bool) -> by
         changes = [f"without {name}" for name in columns if name not in common]
         changes += [f"with {name}" for name in cells if name not in common]
         text = clean(", ".join(changes)) or "in a different order"
-        raise ValueError(f"has {len(cells)} columns, but part 1 has {len(columns)}: {text}")
+        raise ValueError(f"does not match part 1 ({len(cells)} and {len(columns)} columns): {text}")
     if plain:
         text_file = io.TextIOWrapper(merged, "utf-8", newline="")
         csv.writer(text_file).writerows(read_rows(read_lines(content, line), len(cells)))

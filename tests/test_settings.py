@@ -119,7 +119,11 @@ INVALID = [
         *["--period", "yesterday", "--start", "2026-09-01"],
     ),
     *(
-        case(id, "CIRCLECI_BASE_URL must be https://.* such as https://circleci.com", **variables)
+        case(
+            id,
+            "CIRCLECI_BASE_URL must be an https:// URL.* such as https://circleci.com",
+            **variables,
+        )
         for id, variables in {
             "http": {"CIRCLECI_BASE_URL": "http://circleci.com"},
             "http to a name like loopback": {"CIRCLECI_BASE_URL": "http://127.0.0.1.example.com"},
