@@ -1268,7 +1268,7 @@ def show_summary(
     rows = [["TOP PROJECTS", "ORGANIZATION", *titles], *(row[:5] for row in projects[:MAX_LISTED])]
     log.log(TABLE, "%s", format_table(rows, 2, width))
     size, duration = format_size(report.stat().st_size), format_duration(time.time() - started)
-    log.info("%s rows, %s, %s", overall[0], size, duration)
+    log.info("%s row%s, %s, %s", overall[0], "s" * (overall[0] != "1"), size, duration)
 
 
 # --- The run ---

@@ -295,11 +295,12 @@ def test_an_export_without_credits_has_a_summary(fake, run):
     assert table[1] == ["Acme", "1", "0", "0.0%"]
 
 
-def test_a_report_with_only_a_header_has_a_summary(fake, run):
-    fake.parts = [[Answer(HEADER)]]
+@pytest.mark.parametrize("rows, shown", [(b"", "Z 0 rows,"), (ROW, "Z 1 row,")])
+def test_a_report_with_hardly_any_rows_has_a_summary(fake, run, rows, shown):
+    fake.parts = [[Answer(HEADER + rows)]]
     result = run()
     assert result.code == 0 and "notice" not in result.err
-    assert "0 rows" in result.last_line
+    assert shown in result.last_line
 
 
 def test_quiet_spends_no_time_on_the_summary(fake, run, monkeypatch):
