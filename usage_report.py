@@ -113,6 +113,7 @@ MAX_TEXT = 300  # characters shown of external text
 MAX_LISTED = 10  # organizations or projects
 
 FAILED, INVALID, NO_USAGE, UNFINISHED = 1, 2, 3, 75  # exit codes
+TEMPORARY = {408, 429, *range(500, 1000)}  # HTTP statuses after which a retry may help
 PLACEHOLDER = "your-personal-api-token"  # CIRCLE_TOKEN in .env.example
 SCRIPT_FOLDER = Path(__file__).resolve().parent
 csv.field_size_limit(MAX_ROW)
@@ -384,11 +385,11 @@ def read_variables(path: str) -> tuple[dict[str, str], str]:
         reason = getattr(error, "strerror", "it is not UTF-8")
         hint = "Check the file, or use --env-file with another one."
         raise ReportError(f"Cannot read {env_file}: {reason}. {hint}", INVALID) from None
+    hint = "Put each setting on one line, such as CIRCLE_TOKEN=CCIPAT_..."
     for entry in parse_stream(io.StringIO(content)):
         # Otherwise, a list of organizations on two lines would lose those on the second line.
-        setting = entry.value is not None or re.fullmatch(r"\w*", entry.key or "")
-        hint = "Put each setting on one line, such as CIRCLE_TOKEN=CCIPAT_..."
-        valid = setting and not entry.error
+        is_setting = entry.value is not None or re.fullmatch(r"\w*", entry.key or "")
+        valid = is_setting and not entry.error
         require(valid, f"{env_file} is invalid near line {entry.original.line}. {hint}")
         in_file[entry.key] = entry.value
     values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
@@ -621,7 +622,7 @@ def call_api(settings: Settings, path: str, parse: Callable[[Any], T], body: obj
     message = answer.get("message") if isinstance(answer, dict) else None
     message = clean(message or response.reason or "no message").rstrip(".")
     text = f"{what} failed with {status}: {message}. {next_step(settings, status)}".strip()
-    if status in (408, 429) or status >= 500:
+    if status in TEMPORARY:
         wait = rate_limit_seconds(response.headers) if status == 429 else None
         raise RetryableError(text, UNFINISHED, sent=status != 429, wait=wait)
     raise ReportError(text, status=status)
@@ -633,6 +634,8 @@ def get(settings: Settings, path: str, parse: Callable[[Any], T]) -> T:
 
 
 # --- Organizations ---
+
+ID_TITLE = "ID".ljust(len(EXAMPLE))  # as wide as the IDs below it, which are never shortened
 
 
 def list_collaborations(settings: Settings) -> list[list[str]]:
@@ -651,7 +654,7 @@ def primary_question(settings: Settings, width: int) -> str:
     rows = list_collaborations(settings)
     if not rows:
         raise ReportError("The owner of CIRCLE_TOKEN has no organizations. Use another token.")
-    table = format_table([["NAME", "SLUG", "ID".ljust(36)], *rows], 2, width)
+    table = format_table([["NAME", "SLUG", ID_TITLE], *rows], 2, width)
     several = len(rows) > 1
     question = "Which organization owns the plan?" if several else "You have one organization."
     return f"{question} Set PRIMARY_ORG_ID to its ID and run the same command again.\n{table}"
@@ -1097,7 +1100,7 @@ def download_part(part: Part) -> bool:
     status = response.status_code
     if status in (401, 403):  # CircleCI's links expire after 36 hours.
         return False
-    if status in (408, 429) or status >= 500:
+    if status in TEMPORARY:
         raise RetryableError(f"{name} failed with {status}.", UNFINISHED)
     if status != 200:
         raise ReportError(f"{name} failed with {status}. The report needs every part.")
@@ -1281,9 +1284,8 @@ def show_request(settings: Settings, organizations: Mapping[str, str], width: in
     first, last = settings.start[:10], settings.end[:10]
     total = f"{len(organizations)} organization{'s' * (len(organizations) > 1)}"
     log.info("Usage from %s to %s (UTC), %s", first, last, total)
-    titles = ["ORGANIZATION", "ID".ljust(36)]
-    rows = [titles, *([name or "-", key] for key, name in organizations.items())]
-    log.log(TABLE, "%s", format_table(rows[: MAX_LISTED + 1], 1, width))
+    rows = [[name or "-", key] for key, name in organizations.items()][:MAX_LISTED]
+    log.log(TABLE, "%s", format_table([["ORGANIZATION", ID_TITLE], *rows], 1, width))
     if len(organizations) > MAX_LISTED:
         log.info("... and %d more", len(organizations) - MAX_LISTED)
     first_incomplete = time.strftime("%Y-%m-%d", time.gmtime(time.time() - REFRESH_HOURS * 3600))
