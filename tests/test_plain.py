@@ -13,6 +13,7 @@ from decimal import Decimal
 
 import pytest
 from conftest import leftovers
+from crash import Killed
 from fake_circleci import (
     COLUMNS,
     DIALECTS,
@@ -181,10 +182,6 @@ def test_after_a_failure_the_other_format_needs_no_second_export(fake, run, flag
     raw = HEADERS[dialect] + b"".join(write_row(run, dialect) for run in RUNS)
     assert result.report.read_bytes() == (plain_file(COLUMNS, RUNS) if flags[1] else raw)
     assert len(fake.jobs) == 1 and len(fake.requests("GET", "store", "data_")) == 3
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_a_raw_report_that_is_published_already_does_not_pass_for_the_plain_one(
