@@ -347,11 +347,14 @@ def test_a_clock_that_was_wrong_at_the_post_does_not_delay_the_first_poll(fake, 
 
 
 @POSIX
-def test_a_lock_on_a_removed_file_does_not_count(fake, run, output, monkeypatch):
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
+def test_a_lock_on_a_removed_file_does_not_count(fake, run, output, monkeypatch, replaced):
     """Otherwise, two runs could each hold a lock."""
 
     def remove_first(file, operation: int) -> None:
         os.unlink(file.name)
+        if replaced:
+            Path(file.name).touch()
 
     monkeypatch.setattr("fcntl.flock", remove_first)
     result = run()

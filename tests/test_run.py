@@ -208,6 +208,7 @@ def case(id: str, code: int, message: str, kind: str, *answers: Answer):
         case("HTML", 1, "unexpected data. Check for a proxy or login", "me", *always(HTML)),
         case("500", 75, "failed with 500: Oops. Run the", "me", *always(problem(500, "Oops."))),
         case("408", 75, "failed with 408: Slow. Run the", "me", *always(problem(408, "Slow."))),
+        case("999", 0, "failed with 999: Oops. Retrying", "me", problem(999, "Oops.")),
         case("dropped", 75, "failed: connection lost", "me", *always(DROP)),
         case("429 three times", 0, "Retrying in 7 s", "me", *[LIMITED] * 3),
         case("failures", 0, "408: ", "me", problem(503, "?"), DROP, HTML, problem(408, "?")),
