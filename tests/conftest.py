@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 import sys
 import threading
@@ -71,6 +72,8 @@ def run(
     for the fake CircleCI. A variable given as None is not set."""
     monkeypatch.setattr(usage_report, "SCRIPT_FOLDER", tmp_path)  # so that no real .env is read
     monkeypatch.setattr(usage_report.log, "propagate", False)  # pytest's copy takes half the time
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
 
     def run(*arguments: str, **variables: str | None) -> Result:
         settings = {
@@ -92,6 +95,12 @@ def run(
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+def read_report(path: Path) -> list[list[str]]:
+    """The cells of a report, as every CSV program reads it."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.reader(file, strict=True))
 
 
 def always(answer: Answer) -> list[Answer]:

@@ -10,7 +10,6 @@ part (store).
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import random
 import re
@@ -51,27 +50,33 @@ COLUMNS = (
     "MAX_RAM_UTILIZATION_PCT COMPUTE_CREDITS DLC_CREDITS USER_CREDITS STORAGE_CREDITS "
     "NETWORK_CREDITS LEASE_CREDITS LEASE_OVERAGE_CREDITS IPRANGES_CREDITS TOTAL_CREDITS"
 ).split()
-DIALECTS = ("escaped", "quoted", "strings quoted")  # how exports write cells; see write_row
+DIALECTS = ("bare", "quoted")  # exports through 2025, and today's
 Cell = Union[str, int, float, Decimal, None]  # None: a missing value
 
 
-def write_row(cells: Iterable[Cell], dialect: str = "escaped", line_end: str = "\n") -> bytes:
+def write_row(cells: Iterable[Cell], dialect: str = "quoted", line_end: str = "\n") -> bytes:
     """A row as CircleCI writes it in one of the dialects."""
 
     def write(cell: Cell) -> str:
-        if cell is None:
-            return {"escaped": r"\\N", "quoted": r'"\N"', "strings quoted": r"\N"}[dialect]
-        if dialect == "escaped":
-            return re.sub(r'([\\,"\n])', r"\\\1", str(cell))
-        if dialect == "strings quoted" and not isinstance(cell, str):
-            return str(cell)
-        return '"' + str(cell).replace('"', '""') + '"'
+        if dialect == "quoted":
+            text = r"\N" if cell is None else str(cell).replace('"', '""')
+            return f'"{text}"'
+        return r"\\N" if cell is None else re.sub(r"([\\,\r\n])", r"\\\1", str(cell))
 
     return (",".join(map(write, cells)) + line_end).encode()
 
 
+def write_table(rows: Iterable[Iterable[Cell]], dialect: str = "quoted") -> bytes:
+    """A part: the header, and rows."""
+    return HEADERS[dialect] + b"".join(write_row(row, dialect) for row in rows)
+
+
+def as_text(rows: Iterable[Iterable[Cell]]) -> list[list[str]]:
+    """The cells of a report: a missing value is empty."""
+    return [["" if cell is None else str(cell) for cell in row] for row in rows]
+
+
 HEADERS = {dialect: write_row(COLUMNS, dialect) for dialect in DIALECTS}
-HEADER = HEADERS["escaped"]
 
 
 def make_runs(count: int, organization_id: str, name: str, since: datetime) -> Iterator[list[Cell]]:
@@ -147,27 +152,16 @@ def make_runs(count: int, organization_id: str, name: str, since: datetime) -> I
         yield [run.get(name, 0 if name.endswith("_CREDITS") else None) for name in COLUMNS]
 
 
-def make_rows(
-    count: int,
-    organization_id: str = PRIMARY,
-    name: str = "Acme",
-    since: datetime = datetime(2026, 10, 1),
-    dialect: str = "escaped",
-) -> list[bytes]:
-    """The rows of believable job runs in a dialect."""
-    return [write_row(run, dialect) for run in make_runs(count, organization_id, name, since)]
-
-
 @lru_cache
-def make_usage(dialect: str) -> dict[str, list[bytes]]:
-    """20 rows per organization, for the first two organizations."""
+def make_usage() -> dict[str, list[list[Cell]]]:
+    """20 job runs per organization, for the first two organizations."""
     return {
-        organization_id: make_rows(20, organization_id, name, dialect=dialect)
+        organization_id: list(make_runs(20, organization_id, name, datetime(2026, 10, 1)))
         for organization_id, name in list(ORGANIZATIONS.items())[:2]
     }
 
 
-def split(rows: list[bytes], parts: int) -> list[list[bytes]]:
+def split(rows: list[list[Cell]], parts: int) -> list[list[list[Cell]]]:
     """The rows in `parts` slices, in order."""
     edges = [len(rows) * n // parts for n in range(parts + 1)]
     return [rows[start:end] for start, end in zip(edges, edges[1:])]
@@ -187,7 +181,6 @@ class Answer:
     pause: float = 0.0  # real seconds between two writes
     drop: bool = False  # no answer at all
     replaced: bool = False  # API: carry out the request, then send this answer instead
-    endless: bool = False  # send the body again and again until the client hangs up
 
 
 @dataclass
@@ -217,7 +210,8 @@ class FakeCircleCI:
         self.clock = clock or (lambda: time.time())
         self.token = TOKEN
         self.organizations = dict(ORGANIZATIONS)
-        self.use_dialect("escaped")
+        self.usage = {key: list(rows) for key, rows in make_usage().items()}
+        self.dialect = "quoted"
         self.parts: list[list[Answer]] | None = None  # None: made from usage
         self.part_count = 3
         self.job_seconds = 20.0
@@ -227,13 +221,11 @@ class FakeCircleCI:
         self.link_seconds = 3600.0
         self.post_seconds = 0.0  # real seconds between creating a job and the answer
         self.limits = {"POST": 10, "GET": 10}
-        self.throttle_header = "seconds"  # or date, reset, none
+        self.throttle_header = "Retry-After"  # or date, X-RateLimit-Reset, RateLimit-Reset, none
         self.planned: dict[str, list[Answer]] = defaultdict(list)
         self.spent: dict[tuple[str, str], list[float]] = defaultdict(list)
         self.jobs: dict[str, Job] = {}
         self.seen: list[Seen] = []
-        self.open_requests = {"api": 0, "store": 0}
-        self.most_at_once = {"api": 0, "store": 0}
         self.closed = False
         self.lock = threading.Lock()
         self.servers = [self.serve(ApiHandler), self.serve(StoreHandler)]
@@ -252,11 +244,6 @@ class FakeCircleCI:
             server.shutdown()
             server.server_close()
 
-    def use_dialect(self, dialect: str) -> None:
-        """Write the usage of two organizations (the third has none) in a dialect."""
-        self.header = HEADERS[dialect]
-        self.usage = {key: list(rows) for key, rows in make_usage(dialect).items()}
-
     def plan(self, kind: str, *answers: Answer) -> None:
         """Answer requests to /me, collaborations, shares, POST, or GET with these first."""
         self.planned[kind].extend(answers)
@@ -274,13 +261,13 @@ class FakeCircleCI:
         if self.parts is None:
             wanted = [job.organization, *job.body.get("shared_org_ids", [])]  # type: ignore[misc]
             rows = [row for key in dict.fromkeys(wanted) for row in self.usage.get(key, [])]
-            pieces = split(rows, self.part_count)
-            return [[Answer(gzip.compress(self.header + b"".join(piece), 1))] for piece in pieces]
+            parts = [write_table(piece, self.dialect) for piece in split(rows, self.part_count)]
+            return [[Answer(gzip.compress(part, 1))] for part in parts]
         return self.parts
 
-    def report(self) -> bytes:
-        """What the report of all organizations must be, byte for byte."""
-        return self.header + b"".join(row for rows in self.usage.values() for row in rows)
+    def table(self) -> list[list[str]]:
+        """The cells of the report of all organizations, with the header."""
+        return [COLUMNS, *as_text(row for rows in self.usage.values() for row in rows)]
 
 
 class Server(ThreadingHTTPServer):
@@ -314,18 +301,10 @@ class Handler(BaseHTTPRequestHandler):
                 body,
             )
             self.fake.seen.append(seen)
-            self.fake.open_requests[self.server_name] += 1
-            at_once = max(
-                self.fake.open_requests[self.server_name], self.fake.most_at_once[self.server_name]
-            )
-            self.fake.most_at_once[self.server_name] = at_once
         try:
             self.send(self.answer(seen))
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-        finally:
-            with self.fake.lock:
-                self.fake.open_requests[self.server_name] -= 1
 
     do_POST = do_GET
 
@@ -351,7 +330,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         body = answer.body[: answer.cut]
         starts = range(0, len(body), answer.write_size)
-        for n, start in enumerate(itertools.cycle(starts) if answer.endless else starts):
+        for n, start in enumerate(starts):
             if self.fake.closed:
                 self.close_connection = True
                 return
@@ -434,12 +413,11 @@ class ApiHandler(Handler):
             spent.append(now)
             return None
         left = recent[-self.fake.limits[method]] + 3600 - now
-        headers = {
-            "seconds": {"Retry-After": str(int(left) + 1)},
-            "date": {"Retry-After": formatdate(now + left + 1, usegmt=True)},
-            "reset": {"X-RateLimit-Reset": str(int(left) + 1)},
-            "none": {},
-        }[self.fake.throttle_header]
+        headers = {self.fake.throttle_header: str(int(left) + 1)}
+        if self.fake.throttle_header == "date":
+            headers = {"Retry-After": formatdate(now + left + 1, usegmt=True)}
+        if self.fake.throttle_header == "none":
+            headers = {}
         return problem(429, "Rate limit exceeded.", **headers)
 
     def create(self, organization: str, text: bytes) -> Answer:
@@ -458,7 +436,8 @@ class ApiHandler(Handler):
             return problem(400, "Unexpected request body provided.")
         if not set(body.get("shared_org_ids", [])) <= set(self.fake.organizations):
             return problem(404, "Organization does not exist.")
-        job_id = str(uuid.uuid4())
+        number = len(self.fake.jobs)  # IDs of neighbors differ in the last digits, as the real ones
+        job_id = f"01be7c2d-0516-f103-001b-7a83456{0x3546 + number:05x}"
         self.fake.jobs[job_id] = Job(organization, body, self.fake.clock(), self.fake.empty_answers)
         answer = {"usage_export_job_id": job_id, "state": "created", "download_urls": None}
         return in_json({**answer, "start": body["start"], "end": body["end"]}, 201)
