@@ -38,21 +38,25 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import uuid
+import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, TypeVar
+from typing import IO, Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
 if sys.version_info < (3, 9):
     sys.exit("usage_report.py needs Python 3.9 or newer.")
 
+warnings.filterwarnings("ignore", module="urllib3")  # About the SSL library of macOS.
 try:
     import requests
     import urllib3
@@ -77,12 +81,12 @@ MAX_WINDOW_DAYS = 32
 HISTORY_MONTHS = 13
 CHECKS_PER_HOUR = 10  # GETs per organization; POSTs have the same limit
 QUERY_LIMIT = 4 * 3600  # seconds that an export may take
-# The usage of yesterday is complete "typically 08:00-10:00 UTC" (CircleCI staff).
+# Yesterday's usage is complete "typically 08:00-10:00 UTC" (CircleCI staff).
 REFRESH_HOUR = 10
 JOB_ID = re.compile(r"[A-Za-z0-9_-]+")  # today a Snowflake query ID, in a UUID's form
 API_TIME = "%Y-%m-%dT%H:%M:%SZ"
 CLOUD_URL = "https://circleci.com"
-# The token is sent in the clear on loopback only.
+# The token is sent unencrypted over loopback only.
 BASE_URL = re.compile(r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\]))(:[0-9]+)?/?")
 
 # --- Choices of this script (times in seconds, sizes in bytes) ---
@@ -90,8 +94,9 @@ BASE_URL = re.compile(r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\])
 HOUR = 3600
 FIRST_CHECK = 15
 CHECK_INTERVAL = HOUR / CHECKS_PER_HOUR  # after the first hour
-# Check n is due FIRST_CHECK * CHECK_GROWTH**n after the request: ten checks last an hour.
-CHECK_GROWTH: float = (HOUR / FIRST_CHECK + 1) ** (1 / CHECKS_PER_HOUR)
+# Checks are due 15, 26, 45, 78, 135, 233, 403, 697, 1207, and 2089 s after the request. With the
+# same growth, the eleventh is due an hour after the first.
+CHECK_GROWTH: float = ((FIRST_CHECK + HOUR) / FIRST_CHECK) ** (1 / CHECKS_PER_HOUR)
 MARGIN = 15 * 60  # how long to wait for a job beyond CircleCI's limit
 MAX_FAILED_CHECKS = 5  # in a row
 MAX_EMPTY_ANSWERS = 3  # answers that say "completed" and have no links
@@ -171,9 +176,7 @@ class NotFound(ReportError):
 class MayHaveStarted(ReportError):
     """A POST got no clear answer. It may have started an export job."""
 
-
-class WrongPart(ReportError):
-    """A downloaded file is not a part of this report."""
+    advice = "Running again may use another of your 10 exports per hour."
 
 
 # --- Text and progress ---
@@ -229,10 +232,10 @@ class SecretFilter(logging.Filter):
 
 
 def clean(text: object) -> str:
-    """A text that others wrote, on one line, without control characters, and not too long."""
-    line = " ".join(str(text).split())
-    printable = "".join(character for character in line if character.isprintable())
-    return printable[:MAX_TEXT]
+    """Text from outside, on one line, without control characters, and not too long. Whole words
+    are dropped, because a part of a token could not be masked."""
+    line = textwrap.shorten(str(text), MAX_TEXT, placeholder="...", break_on_hyphens=False)
+    return "".join(character for character in line if character.isprintable())
 
 
 def format_duration(seconds: float) -> str:
@@ -241,14 +244,16 @@ def format_duration(seconds: float) -> str:
 
 
 def pause(seconds: float, activity: str) -> None:
-    """Sleep, with a countdown. In steps of a second, so that a laptop that slept wakes in time."""
+    """Sleep, with a countdown. Sleeps a second at a time, so that the wait ends on schedule even
+    if the laptop slept."""
     end = time.time() + seconds
     level = LIVE
-    while time.time() < end:
-        left = end - time.time()
+    left = seconds
+    while left > 0:
         log.log(level, "%s in %s", activity, format_duration(left))
         level = TICK
         time.sleep(min(left, 1))
+        left = end - time.time()
 
 
 # --- Settings: a flag overrides the environment, which overrides .env ---
@@ -326,6 +331,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
             sources[name] = str(env_file)
     check_token(values["CIRCLE_TOKEN"], sources["CIRCLE_TOKEN"])
     primary_ids = check_ids("PRIMARY_ORG_ID", values["PRIMARY_ORG_ID"])
+    if len(primary_ids) > 1:
+        raise InvalidSetting(f"PRIMARY_ORG_ID must be a single UUID such as {EXAMPLE_ID}.")
     if args.job_id and not JOB_ID.fullmatch(args.job_id):
         raise InvalidSetting(f"--job-id must be an ID such as {EXAMPLE_ID}.")
     return Settings(
@@ -345,10 +352,11 @@ def read_env_file(path: Path) -> Mapping[str, Any]:
     organizations on two lines would lose those on the second."""
     try:
         text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "it is not in UTF-8")
-        hint = "Name a file in UTF-8, such as --env-file /etc/circleci.env."
-        raise InvalidSetting(f"Cannot read {path}: {reason}. {hint}") from None
+    except UnicodeDecodeError:
+        raise InvalidSetting(f"{path} is not in UTF-8. Save it in that encoding.") from None
+    except OSError as error:
+        hint = "Name another file, such as --env-file /etc/circleci.env."
+        raise InvalidSetting(f"Cannot read {path}: {error.strerror}. {hint}") from None
     for binding in parse_stream(io.StringIO(text)):
         has_no_value = binding.key is not None and binding.value is None
         if binding.error or has_no_value:
@@ -366,7 +374,7 @@ def check_token(token: str, source: str) -> None:
 
 
 def check_ids(name: str, value: str) -> list[str]:
-    """The organization IDs of a variable, in their usual form."""
+    """The organization IDs of a variable, in canonical form."""
     texts = value.replace(",", " ").split()
     try:
         return [str(uuid.UUID(text)) for text in texts]
@@ -381,10 +389,7 @@ def check_base_url(url: str) -> str:
     if not BASE_URL.fullmatch(url):
         text = "CIRCLECI_BASE_URL must be an https:// URL without a path"
         raise InvalidSetting(f"{text}, such as {CLOUD_URL}.")
-    url = url.rstrip("/")
-    if url != CLOUD_URL:
-        log.warning("%s: the Usage API exists in CircleCI Cloud only", url)
-    return url
+    return url.rstrip("/")
 
 
 def prepare_output_folder(output_dir: str | None) -> Path:
@@ -402,7 +407,7 @@ def prepare_output_folder(output_dir: str | None) -> Path:
 
 
 def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> Window:
-    """The window that the flags or variables ask for, cut to the days that are over. Raises
+    """The window that the flags or variables ask for, trimmed to completed days. Raises
     InvalidSetting, with a window that is valid today."""
     now = datetime.fromtimestamp(time.time(), timezone.utc)
     name = "START_DATE to END_DATE (or --start to --end)"
@@ -455,15 +460,18 @@ def parse_time(name: str, text: str, time_of_day: str) -> datetime:
         raise ValueError(f"{name} is not set.")
     if "T" not in text:
         text += time_of_day
-    with contextlib.suppress(ValueError):
+    try:
         moment = datetime.strptime(text, API_TIME).replace(tzinfo=timezone.utc)
-        if moment.strftime(API_TIME) == text:  # strptime also takes 2026-9-1.
-            return moment
-    raise ValueError(f"{name} must be a date, as YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ.")
+        exact = moment.strftime(API_TIME) == text  # strptime also takes 2026-9-1.
+    except ValueError:
+        exact = False
+    if not exact:
+        raise ValueError(f"{name} must be a date, as YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ.")
+    return moment
 
 
 def check_window(name: str, window: Window, now: datetime) -> Window:
-    """The window, cut to the days that are over. `name` tells where it is set. Raises ValueError.
+    """The window, trimmed to completed days. `name` tells where it is set. Raises ValueError.
 
     CircleCI has the usage through the previous UTC day (its changelog)."""
     start, end = window
@@ -482,7 +490,7 @@ def check_window(name: str, window: Window, now: datetime) -> Window:
     if months > HISTORY_MONTHS or (months == HISTORY_MONTHS and start.day < now.day):
         raise ValueError(f"{name} starts more than {HISTORY_MONTHS} months ago.")
     if end.date() == latest.date() and now.hour < REFRESH_HOUR:
-        log.warning("The usage of %s is complete at about %d:00 UTC", end.date(), REFRESH_HOUR)
+        log.warning("Usage of %s is complete at about %d:00 UTC", end.date(), REFRESH_HOUR)
     return Window(start, end)
 
 
@@ -494,10 +502,10 @@ CONNECTION_ERRORS = (
     (SSLError, NoConnection, "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE"),
     (ConnectTimeout, NoConnection, "connecting timed out. Check the network and HTTPS_PROXY"),
     (Timeout, TemporaryError, "the answer timed out"),
-    (ValueError, ReportError, "invalid URL or proxy. Check HTTPS_PROXY"),
+    (ValueError, ReportError, "invalid URL. Check CIRCLECI_BASE_URL and HTTPS_PROXY"),
     (RequestException, TemporaryError, "the connection was lost"),
 )
-# What parsing an answer of another form raises.
+# Raised when the JSON of an answer has an unexpected form.
 FORM_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
 
@@ -514,11 +522,11 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
             proxies={"http": ""},  # http is for loopback: a proxy would see the token
             **options,
         )
-    except OSError as error:  # Requests' exceptions are OSErrors.
+    except (OSError, ValueError) as error:  # Requests' exceptions are OSErrors.
         raise connection_error(what, error) from None
 
 
-def connection_error(what: str, error: OSError) -> ReportError:
+def connection_error(what: str, error: Exception) -> ReportError:
     """The error to raise for a request without an answer, by the class of the exception."""
     cause = getattr(error.args[0], "reason", None) if error.args else None
     if isinstance(cause, urllib3.exceptions.NewConnectionError):
@@ -544,15 +552,17 @@ def status_error(response: requests.Response, text: str) -> ReportError:
 def rate_limit_seconds(response: requests.Response) -> float:
     """How long to wait after a 429: Retry-After (seconds or a date), else X-RateLimit-Reset or
     RateLimit-Reset (seconds; CircleCI's API developers' guide), else 6 minutes."""
-    with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+    try:
         seconds = urllib3.Retry().get_retry_after(response.raw)
-        if seconds is not None:
-            return max(1, seconds)
+    except urllib3.exceptions.InvalidHeader:
+        seconds = None
     for name in ("X-RateLimit-Reset", "RateLimit-Reset"):
         value = response.headers.get(name, "")
-        if value.isdecimal():
-            return max(1, int(value))
-    return CHECK_INTERVAL
+        if seconds is None and value.isdecimal():
+            seconds = int(value)
+    if seconds is None:
+        seconds = CHECK_INTERVAL
+    return max(1, seconds)
 
 
 def call_api(
@@ -575,12 +585,13 @@ def call_api(
     log.debug("%s: %d after %.1f s", what, status, response.elapsed.total_seconds())
     if not 200 <= status <= 299:
         message = api_message(response).rstrip(".")
-        text = f"{what} failed with {status}: {message}. {next_step(settings, status)}"
+        advice = next_step(settings, method, status)
+        text = f"{what} failed with {status}: {message}. {advice}"
         raise status_error(response, text.strip())
     try:
         return parse(response.json())
     except FORM_ERRORS:
-        text = f"{what} returned something else than the API's JSON."
+        text = f"{what} returned something other than the API's JSON."
         raise UnexpectedAnswer(f"{text} Check for a proxy or a login page.") from None
 
 
@@ -592,13 +603,16 @@ def api_message(response: requests.Response) -> str:
         return clean(response.reason or "no message")
 
 
-def next_step(settings: Settings, status: int) -> str:
+def next_step(settings: Settings, method: str, status: int) -> str:
     """What to do about an HTTP status, or an empty text."""
+    if (method, status) == ("POST", 400):
+        return (
+            "CircleCI may refuse more than 31 days, a start more than a year ago, or an end in "
+            "the future. Check the window and this computer's clock."
+        )
     ids = [settings.primary_id, *settings.shared_ids, settings.job_id]
     used = ", ".join(used_id for used_id in ids if used_id)
     steps = {
-        400: "CircleCI may refuse more than 31 days, a start more than a year ago, or an end in "
-        "the future: check the window and this computer's clock.",
         401: f"CIRCLE_TOKEN in {settings.token_source} is invalid or has expired: replace it.",
         403: "Use the token of an organization admin.",
         404: f"Check these IDs: {used}. The token's owner must be an admin there.",
@@ -639,16 +653,18 @@ def parse_choices(answer: Any) -> list[str]:
     return lines
 
 
-def ask_for_primary(settings: Settings) -> InvalidSetting:
-    """The error that lists the organizations to choose PRIMARY_ORG_ID from."""
+def ask_for_primary(settings: Settings) -> NoReturn:
+    """Raise InvalidSetting with the organizations to choose PRIMARY_ORG_ID from."""
     choices = retry(call_api, settings, "GET", "/api/v2/me/collaborations", parse_choices)
     question = "PRIMARY_ORG_ID is not set. Set it to the ID of the organization that owns the plan:"
-    return InvalidSetting("\n".join([question, *choices]))
+    raise InvalidSetting("\n".join([question, *choices]))
 
 
 def parse_organizations(answer: Any) -> dict[str, str]:
     """Names by ID."""
     names = {}
+    if not isinstance(answer["orgs"], list):
+        raise TypeError
     for organization in answer["orgs"]:
         organization_id = str(uuid.UUID(organization["id"]))
         names[organization_id] = clean(organization.get("name") or "")
@@ -672,12 +688,16 @@ def find_organizations(settings: Settings) -> dict[str, str]:
             error.args = (f"{error} {workaround}",)
             raise
         if not names:
-            log.warning("The plan is not shared. The report covers the primary organization alone")
+            log.warning("The plan is not shared. The report covers only the primary organization")
     primary_id = str(settings.primary_id)
-    return {primary_id: names.pop(primary_id, ""), **names}
+    primary_first = {primary_id: ""}
+    primary_first.update(names)
+    return primary_first
 
 
 def show_request(settings: Settings, organizations: Mapping[str, str]) -> None:
+    if settings.base_url != CLOUD_URL:
+        log.warning("%s: the Usage API exists in CircleCI Cloud only", settings.base_url)
     if settings.window is None:
         log.info("Collecting export job %s", settings.job_id)
         return
@@ -728,11 +748,12 @@ class Job(NamedTuple):
 
 def export_folder(settings: Settings, organizations: Iterable[str]) -> Path:
     """The hidden folder of this export. The same settings give the same folder."""
-    key = settings.job_id or ""
-    if settings.window:
-        parts = [settings.base_url, settings.primary_id, *sorted(organizations)]
-        key = f"{parts} {settings.window}"
-    digest = hashlib.sha256(key.encode()).hexdigest()
+    if settings.job_id:
+        key = [settings.job_id]
+    else:
+        ids = [str(settings.primary_id), *sorted(organizations)]
+        key = [settings.base_url, *ids, str(settings.window)]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return settings.output / f".export-{digest[:16]}"
 
 
@@ -741,6 +762,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     """Lock the export's folder for this run. Afterwards, it stays only if it holds a job that is
     to be collected. Raises ReportError if another run has locked it."""
     folder.mkdir(exist_ok=True)
+    flush_folder(folder.parent)
     lock_file = open(folder / "lock", "a")  # noqa: SIM115  (closed below)
     try:
         lock(lock_file)
@@ -802,7 +824,8 @@ def request_body(settings: Settings, organizations: Iterable[str]) -> dict[str, 
 
 
 def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
-    """Start an export job and save its ID. Ctrl-C waits for both, in a thread of their own.
+    """Start an export job and save its ID. Both run in a worker thread, so that Ctrl-C can wait
+    for them.
 
     A POST without a clear answer may have started a job, and the API does not list jobs. So it is
     repeated only once. Raises MayHaveStarted after that."""
@@ -820,9 +843,11 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
                 if unclear_answers == 2:
                     raise
                 log.warning("%s", error)
-                pause(POST_PAUSE, "Second and last try")
+                pause(POST_PAUSE, "Second and final attempt")
             except KeyboardInterrupt:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
                 log.warning("Waiting for CircleCI's answer, so that the job ID is not lost")
+                post.result()  # Raises ReportError if there is no job to resume.
                 raise
 
 
@@ -855,11 +880,11 @@ def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job
 def next_check_age(age: float) -> float:
     """At what age a job of this age is checked next, in seconds since the request.
 
-    The first check is due at 15 s. The ages form a geometric series, so that a job is noticed
-    within a fixed share of its length, and ten checks last an hour, which is what the API grants.
-    After that, there is a check every 6 minutes."""
+    The API grants 10 GETs an hour. The ages form a geometric series during the first hour, so that
+    the delay in noticing a completed job is proportional to its duration; after that, there is a
+    check every 6 minutes."""
     due: float = FIRST_CHECK
-    while due < age + 1:
+    while due < age + 1:  # A check that has just been made is not repeated.
         if due < HOUR:
             due *= CHECK_GROWTH
         else:
@@ -882,13 +907,13 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
     """The download links of the completed job, in order.
 
     Raises NotFinished if it takes too long, NoUsage if it has no links, NothingToCollect if it
-    failed or CircleCI does not know it, and the last error if checks fail again and again."""
+    failed or CircleCI does not know it, and the last error if checks fail repeatedly."""
     path = f"{settings.jobs_path}/{job.job_id}"
     give_up_at = max(job.requested_at + QUERY_LIMIT, time.time() + HOUR) + MARGIN
     next_check = job.requested_at + FIRST_CHECK  # past if this run resumes: checks at once
     state = "requested"
     empty_answers = 0
-    failures: list[ReportError] = []
+    failures: list[ReportError] = []  # in a row
     while next_check < give_up_at:
         age = format_duration(time.time() - job.requested_at)
         pause(next_check - time.time(), f"Export job: {state}, {age} old. Next check")
@@ -903,7 +928,7 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
             log.warning("%s", error)
             failures.append(error)
             if len(failures) == MAX_FAILED_CHECKS:
-                raise lasting_failure(failures) from None
+                give_up(failures)
             continue
         failures.clear()
         if links:
@@ -915,19 +940,20 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
     raise NotFinished(f"Export job {job.job_id} is not finished (state: {state}).")
 
 
-def lasting_failure(failures: Sequence[ReportError]) -> ReportError:
-    """The error that ends the run. Only if each check got a 404, CircleCI does not know the job."""
+def give_up(failures: Sequence[ReportError]) -> NoReturn:
+    """Raise the last error. If all are 404s, CircleCI does not know the job: there is nothing to
+    collect."""
     last = failures[-1]
     if all(isinstance(error, NotFound) for error in failures):
-        return NothingToCollect(f"{last} The same command requests a new export.")
-    return last
+        raise NothingToCollect(f"{last} A run without --job-id requests a new export.")
+    raise last
 
 
 # --- Downloading the parts ---
 
 
 def download_parts(links: Sequence[str], folder: Path) -> list[Path]:
-    """The files of all parts, in order. Parts that an earlier run has completed are there."""
+    """The files of all parts, in order. Parts from an earlier run are reused."""
     paths = []
     for number, link in enumerate(links, 1):
         name = f"Part {number} of {len(links)}"
@@ -973,12 +999,13 @@ NOT_SEPARATORS = bytes(set(range(256)) - set(b'",\n'))
 # How CircleCI writes a missing value: "\N" in the quoted dialect, \N or \\N in the bare one.
 QUOTED_MISSING = re.compile(rb'(?m)(^|,)"\\N"(?=,|\r?$)')
 BARE_MISSING = re.compile(rb"(?m)(^|,)\\N(?=,|\r?$)")
-MISSING_CELLS = (r"\N", r"\\N")
+csv.field_size_limit(1 << 30)  # The csv module refuses cells over 128 kB by default.
 
 
 @contextlib.contextmanager
 def open_part(name: str, path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """The content of a part, gzipped or not. A part that turns out damaged or wrong is removed."""
+    """The content of a part, gzipped or not. A part that turns out to be damaged or wrong is
+    removed."""
     try:
         with open(path, "rb") as file:
             if file.peek(2).startswith(GZIP_MAGIC):
@@ -988,42 +1015,40 @@ def open_part(name: str, path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     except DAMAGED_GZIP:
         path.unlink()
         raise NotFinished(f"{name} is damaged. Only that part is downloaded again.") from None
-    except WrongPart:
+    except ReportError:
         path.unlink()
         raise
-    except csv.Error as error:
-        hint = "--raw writes the rows as CircleCI wrote them."
-        raise ReportError(f"{name} cannot be converted: {error}. {hint}") from None
 
 
 def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
     """Write the header and all rows of all parts to one file: as plain CSV (RFC 4180, UTF-8) or,
     if `raw`, as they are.
 
-    Raises NoUsage if there are no rows, NotFinished for a damaged part, and WrongPart for one that
-    is not CSV or has other columns."""
+    Raises NoUsage if there are no rows, NotFinished for a damaged part, and ReportError for one
+    that is not CSV or has other columns."""
     columns: list[str] = []
     has_rows = False
     with new_file(merged) as target:
         for number, path in enumerate(parts, 1):
             name = f"Part {number}"
             with open_part(name, path) as part:
-                first_line = part.readline(BLOCK).removeprefix(BOM)
+                first_line = complete_row(part, part.readline(BLOCK)).removeprefix(BOM)
                 if not first_line:
                     continue
-                cells = parse_first_line(first_line)
-                if not columns and is_header(cells):
+                cells = parse_first_line(first_line, len(columns))
+                has_header = is_header(cells)
+                if has_header and not columns:
                     columns = cells
-                    target.write(complete_line(first_line))
+                    target.write(first_line)
+                    if not first_line.endswith(b"\n"):
+                        target.write(b"\n")
                 check_first_line(name, cells, columns)
-                line = 1
-                blocks = read_blocks(part, first_line)
-                if is_header(cells):
-                    line = 2
-                    blocks = read_blocks(part)
+                start = b"" if has_header else first_line
+                blocks = read_blocks(part, start)
                 if not raw:
                     quoted = first_line.startswith(b'"')
-                    blocks = convert_rows(name, blocks, line, quoted, len(columns))
+                    first = 2 if has_header else 1
+                    blocks = convert_rows(name, blocks, first, quoted, len(columns))
                 for block in blocks:
                     target.write(block)
                     has_rows = True
@@ -1031,53 +1056,51 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
             raise NoUsage("The export has no rows: no usage in that window.")
 
 
-def complete_line(line: bytes) -> bytes:
-    """The line or block with a line end."""
-    if line.endswith(b"\n"):
-        return line
-    return line + b"\n"
-
-
-def parse_first_line(line: bytes) -> list[str]:
-    """The cells of the first line of a part, in either dialect."""
+def parse_first_line(line: bytes, width: int) -> list[str]:
+    """The cells of the first line of a part, in either dialect. `width`: of the header, if any."""
     if not line.startswith(b'"'):
-        line = convert_bare(line, 0)
+        line = convert_bare(line, width)
     return next(csv.reader(text_lines(line)), [])
 
 
 def is_header(cells: Sequence[str]) -> bool:
-    """Whether these are names of columns. Which names, is CircleCI's affair."""
+    """Whether these are names of columns. Which names is up to CircleCI."""
     return len(cells) >= 2 and all(COLUMN_NAME.fullmatch(cell) for cell in cells)
 
 
 def check_first_line(name: str, cells: Sequence[str], columns: Sequence[str]) -> None:
-    """Raise WrongPart unless a part begins with the header of the report or with a row."""
+    """Raise ReportError unless a part begins with the header of the report or with a row."""
     if is_header(cells) and cells != columns:
         missing = clean(", ".join(set(columns) - set(cells)) or "none")
         added = clean(", ".join(set(cells) - set(columns)) or "none")
-        text = f"{name} has other columns than the parts before it, or another order"
-        raise WrongPart(f"{text} (missing: {missing}; new: {added}).")
-    if len(cells) != len(columns):
+        text = f"{name} has different columns from the parts before it, or a different order"
+        raise ReportError(f"{text} (missing: {missing}; new: {added}).")
+    if not columns or len(cells) != len(columns):
         text = f"{name} begins with neither a header nor a row. It may be a web page or JSON."
-        raise WrongPart(f"{text} The next run downloads it again.")
+        raise ReportError(f"{text} The next run downloads it again.")
 
 
 def read_blocks(file: IO[bytes] | gzip.GzipFile, start: bytes = b"") -> Iterator[bytes]:
     """`start` and the rest of a file, in blocks that end where a row ends."""
     block = start + file.read(BLOCK)
     while block:
-        block += file.readline()
-        for _ in range(MAX_ROW_LINES):
-            if not ends_within_row(block):
-                break
-            block += file.readline()
-        yield complete_line(block)
+        block = complete_row(file, block + file.readline())
+        if not block.endswith(b"\n"):
+            block += b"\n"
+        yield block
         block = file.read(BLOCK)
 
 
-def ends_within_row(block: bytes) -> bool:
-    """Whether the last line end may be escaped (in the bare dialect) or within quotes."""
-    return block.endswith((b"\\\n", b"\\\r\n")) or block.count(b'"') % 2 == 1
+def complete_row(file: IO[bytes] | gzip.GzipFile, lines: bytes) -> bytes:
+    """Lines, and those that follow in the file while the last row is open: within quotes, or (in
+    the bare dialect) after an escaped line end."""
+    for _ in range(MAX_ROW_LINES):
+        escaped = lines.endswith((b"\\\n", b"\\\r\n"))
+        within_quotes = lines.count(b'"') % 2 == 1
+        if not escaped and not within_quotes:
+            break
+        lines += file.readline()
+    return lines
 
 
 def text_lines(block: bytes) -> io.StringIO:
@@ -1091,25 +1114,31 @@ def convert_rows(
     """The rows of a part as plain CSV, in blocks. `line` is the number of the first line.
 
     A row with more or fewer cells than the header stays as it is; a notice names the first few."""
+    bare_row = b"," * (width - 1) + b"\n"
+    quoted_row = b",".join([b'""'] * width) + b"\n"
     irregular = 0
     for block in blocks:
         converted = convert_quoted(block) if quoted else convert_bare(block, width)
-        for row_line, cells in irregular_rows(converted, width):
-            irregular += 1
-            if irregular <= MAX_NAMED_ROWS:
-                text = "%s, line %d: %d cells instead of %d"
-                log.warning(text, name, line + row_line, cells, width)
-        line += block.count(b"\n")
+        # In a usual block, all rows look alike without all but quotes, commas, and line ends.
+        separators = converted.translate(None, NOT_SEPARATORS)
+        lines = separators.count(b"\n")
+        if separators not in (bare_row * lines, quoted_row * lines):
+            for row_line, cells in irregular_rows(converted, width):
+                irregular += 1
+                if irregular <= MAX_NAMED_ROWS:
+                    text = "%s, line %d: %d cells instead of %d"
+                    log.warning(text, name, line + row_line, cells, width)
+        line += lines
         yield converted
     if irregular > MAX_NAMED_ROWS:
-        log.warning("%s: %d rows like that in all", name, irregular)
+        log.warning("%s: %d such rows in total", name, irregular)
 
 
 def convert_quoted(block: bytes) -> bytes:
-    """Rows of the quoted dialect as plain CSV. Only missing values differ.
+    """Rows of the quoted dialect as plain CSV: "a","\\N","b" becomes "a","","b".
 
-    This is exact whatever stands in the cells: a quote within a cell is doubled, so a quote that
-    follows a comma and precedes a backslash begins a cell."""
+    This is exact whatever the cells contain: quotes within a cell are doubled, so a quote between
+    a comma and a backslash begins a cell."""
     for _ in range(2):  # Neighbors share a comma.
         block = block.replace(b',"\\N",', b',"",')
     if b"\\" in block:  # Missing values at the edge of a row, or names with a backslash.
@@ -1118,57 +1147,53 @@ def convert_quoted(block: bytes) -> bytes:
 
 
 def convert_bare(block: bytes, width: int) -> bytes:
-    """Rows of the bare dialect as plain CSV."""
-    usual = block
+    """Rows of the bare dialect as plain CSV: a,\\N,x\\,y becomes a,,"x,y".
+
+    A block like a,"x,y",b of the header's width is plain CSV already."""
+    without_missing = block
     for missing in (b",\\\\N,", b",\\N,"):
-        if b"\\" in usual:
-            usual = usual.replace(missing, b",,").replace(missing, b",,")
-    if b"\\" not in usual and b'"' not in usual:
-        return usual
+        for _ in range(2):  # Neighbors share a comma.
+            if b"\\" in without_missing:
+                without_missing = without_missing.replace(missing, b",,")
+    if b"\\" not in without_missing and b'"' not in without_missing:
+        return without_missing
+    line_end = "\r\n" if b"\r" in block else "\n"
     if is_ordinary_csv(block, width):
         if b"\\N" not in block:
             return block
-        return write_rows(csv.reader(text_lines(block)))
-    # The csv module reads \N as N, but \\N as \N, which is not lost.
+        return write_rows(csv.reader(text_lines(block)), (r"\N", r"\\N"), line_end)
+    # Escape \N as \\N. Otherwise, the csv module reads it as N.
     block = BARE_MISSING.sub(rb"\1\\\\N", block)
-    return write_rows(csv.reader(text_lines(block), quoting=csv.QUOTE_NONE, escapechar="\\"))
+    rows = csv.reader(text_lines(block), quoting=csv.QUOTE_NONE, escapechar="\\")
+    return write_rows(rows, (r"\N",), line_end)
 
 
 def is_ordinary_csv(block: bytes, width: int) -> bool:
-    """Whether a block has quotes where needed, as any CSV program but CircleCI's writes it."""
+    """Whether a block has quotes where needed, as every CSV writer but CircleCI's puts them."""
     if not re.search(rb'(?m)(^|,)"', block):
         return False
     try:
         for cells in csv.reader(text_lines(block), strict=True):
-            if len(cells) != width:
+            if cells and len(cells) != width:
                 return False
     except csv.Error:
         return False
     return True
 
 
-def write_rows(rows: Iterable[Sequence[str]]) -> bytes:
-    """Rows as plain CSV, with empty cells for missing values."""
+def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: str) -> bytes:
+    """Rows as plain CSV, with an empty cell for each that is `missing`."""
     output = io.StringIO(newline="")
-    writer = csv.writer(output, lineterminator="\n")
+    writer = csv.writer(output, lineterminator=line_end)
     for cells in rows:
-        writer.writerow(["" if cell in MISSING_CELLS else cell for cell in cells])
+        writer.writerow(["" if cell in missing else cell for cell in cells])
     return output.getvalue().encode("utf-8", "surrogateescape")
 
 
 def irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
-    """Line (counted from 0) and number of cells of each row with a wrong number of cells.
-
-    Usual blocks are tested as a whole: without all but their quotes, commas, and line ends, their
-    rows are alike. If names have quotes or commas, the number of separators is compared. (Rows
-    with one cell too many and one too few could cancel out then. The summary counts each row.)"""
-    lines = block.count(b"\n")
-    separators = block.translate(None, NOT_SEPARATORS)
-    bare_row = b"," * (width - 1) + b"\n"
-    quoted_row = b",".join([b'""'] * width) + b"\n"
-    if separators in (bare_row * lines, quoted_row * lines):
-        return
-    if block.count(b'","') == (width - 1) * lines:
+    """Line (counted from 0) and number of cells of each row with a wrong number of cells."""
+    separators = {line.count(b'","') for line in block.splitlines()}
+    if separators == {width - 1}:  # The names have quotes or commas. That is all.
         return
     line = 0
     reader = csv.reader(text_lines(block))
@@ -1209,32 +1234,32 @@ MAX_PROJECTS = 10
 
 @dataclass
 class TableRow:
-    name: str
+    name: str = ""
     rows: int = 0  # of the report
     credits: Decimal = Decimal(0)
 
 
 class Usage:
-    """What a report adds up to: the rows of three tables."""
+    """The totals of a report."""
 
-    def __init__(self, columns: Sequence[str], requested: Mapping[str, str]) -> None:
-        self.organizations: dict[str, TableRow] = {}
-        if "ORGANIZATION_ID" in columns:
-            for organization_id, name in requested.items():
-                self.organizations[organization_id] = TableRow(name or organization_id)
-        self.projects: dict[tuple[str, str], TableRow] = {}
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.organizations: dict[str, TableRow] = defaultdict(TableRow)  # by ID
+        self.projects: dict[tuple[str, str], TableRow] = defaultdict(TableRow)  # by both IDs
         self.kinds = {name: TableRow(name) for name in columns if name.endswith("_CREDITS")}
-        self.found: dict[tuple[str, ...], tuple[TableRow, TableRow]] = {}  # by labels
-        self.all_rows = 0
         self.missing_columns = [name for name in (*LABELS, TOTAL) if name not in columns]
+        self.rows = 0
         self.irregular_rows = 0
         self.not_numbers = 0
 
-    def add(self, labels: tuple[str, ...], credits: Sequence[str]) -> None:
+    def add(self, labels: Sequence[str], credits: Sequence[str]) -> None:
         """Count a row of the report, given as its cells for LABELS and for the kinds."""
-        if labels not in self.found:
-            self.found[labels] = self.find_rows(*labels)
-        organization, project = self.found[labels]
+        organization_id, organization_name, project_id, project_name = labels
+        organization = self.organizations[organization_id or organization_name]
+        project = self.projects[organization_id, project_id or project_name]
+        if organization.rows == 0:
+            organization.name = organization_name or organization_id
+        if project.rows == 0:
+            project.name = f"{project_name or project_id} ({organization.name})"
         organization.rows += 1
         project.rows += 1
         for kind, text in zip(self.kinds.values(), credits):
@@ -1252,17 +1277,6 @@ class Usage:
             if kind.name == SEATS:
                 project.credits -= number
 
-    def find_rows(
-        self, organization_id: str, organization: str, project_id: str, project: str
-    ) -> tuple[TableRow, TableRow]:
-        """The table rows of an organization and of one of its projects."""
-        key = organization_id.lower() or organization
-        organization_row = self.organizations.setdefault(key, TableRow(key))
-        organization_row.name = clean(organization) or organization_row.name
-        project_row = self.projects.setdefault((key, project_id or project), TableRow(""))
-        project_row.name = f"{clean(project or project_id)} ({organization_row.name})"
-        return organization_row, project_row
-
 
 @functools.lru_cache(10_000)
 def parse_credits(text: str) -> Decimal | None:
@@ -1277,37 +1291,38 @@ def split_rows(block: bytes, width: int) -> list[list[str]]:
     there is another one, the csv module reads the block."""
     text = block.decode("utf-8", "replace")
     rows = []
-    for line in text.split("\n"):
-        line = line.rstrip("\r")
-        cells = line.split(",")
-        if '"' in line:
+    for line in text.replace("\r\n", "\n").split("\n"):
+        cells = []
+        quotes = line.count('"')
+        if quotes == 0:
+            cells = line.split(",")
+        elif quotes == 2 * width and line[0] == line[-1] == '"':
             cells = line[1:-1].split('","')
-            quoted = line.startswith('"') and line.endswith('"') and len(cells) == width
-            if not quoted or line.count('"') != 2 * width:
-                reader = csv.reader(io.StringIO(text, newline=""))
-                return [cells for cells in reader if cells]
+        if len(cells) != width and line:
+            reader = csv.reader(io.StringIO(text, newline=""))
+            return [cells for cells in reader if cells]
         if line:
             rows.append(cells)
     return rows
 
 
-def count_usage(report: Path, requested: Mapping[str, str]) -> Usage:
+def count_usage(report: Path) -> Usage:
     """Add up a report in plain CSV. Finds columns by name. Raises csv.Error if it is not CSV."""
     with open(report, "rb") as file:
-        columns = [name.upper() for name in parse_first_line(file.readline())]
+        columns = [name.upper() for name in parse_first_line(file.readline(), 0)]
         width = len(columns)
-        usage = Usage(columns, requested)
+        usage = Usage(columns)
         # A missing column is read from an empty cell that is added to each row.
         label_places = [columns.index(name) if name in columns else width for name in LABELS]
         kind_places = [columns.index(kind) for kind in usage.kinds]
         for block in read_blocks(file):
             for cells in split_rows(block, width):
-                usage.all_rows += 1
+                usage.rows += 1
                 if len(cells) != width:
                     usage.irregular_rows += 1
                     continue
                 cells.append("")
-                labels = tuple([cells[place] for place in label_places])
+                labels = [cells[place] for place in label_places]
                 usage.add(labels, [cells[place] for place in kind_places])
     return usage
 
@@ -1315,7 +1330,7 @@ def count_usage(report: Path, requested: Mapping[str, str]) -> Usage:
 def show_table(
     title: str, table: Iterable[TableRow], most: int | None = None, with_total: bool = False
 ) -> None:
-    """Show table rows, the largest first, with their shares of the total of all."""
+    """Show table rows, the largest first, with their shares of the grand total."""
     ranked = sorted(table, key=lambda row: (-row.credits, row.name))
     total = TableRow("Total")
     for row in ranked:
@@ -1332,7 +1347,8 @@ def show_table(
         if row is total:
             bar = ""
         credits = f"{row.credits.normalize():,f}"
-        log.info(TABLE_LINE.format(credits, f"{share:.1%}", bar, f"{row.rows:,}", row.name))
+        name = clean(row.name)
+        log.info(TABLE_LINE.format(credits, f"{share:.1%}", bar, f"{row.rows:,}", name))
 
 
 def show_problems(usage: Usage) -> None:
@@ -1343,21 +1359,22 @@ def show_problems(usage: Usage) -> None:
     if usage.not_numbers:
         problems.append(f"{usage.not_numbers} credits that are not numbers")
     if problems:
-        log.warning("The report is complete, its summary is not: %s", ", ".join(problems))
+        log.warning("The report is complete, but its summary is not: %s", ", ".join(problems))
 
 
 def show_summary(report: Path, requested: Mapping[str, str], started: float) -> None:
     """Show the credits by organization, kind, and project, then the size of the report and the
     time since `started` (Unix seconds). `requested` has the organizations' names by ID."""
-    usage = count_usage(report, requested)
-    for row in usage.organizations.values():
-        if row.rows == 0:
-            row.name += " (no usage)"
-    kinds = [row for row in usage.kinds.values() if row.rows]
-    kinds = [row for row in kinds if row.name != TOTAL]
+    usage = count_usage(report)
+    if "ORGANIZATION_ID" not in usage.missing_columns:
+        for organization_id, name in requested.items():
+            row = usage.organizations[organization_id]
+            if row.rows == 0:
+                row.name = f"{name or organization_id} (no usage)"
+    kinds = [row for row in usage.kinds.values() if row.credits]
     if TOTAL in usage.kinds:
         show_table("ORGANIZATION", usage.organizations.values(), with_total=True)
-    show_table("KIND", kinds)
+    show_table("KIND", [row for row in kinds if row.name != TOTAL])
     if SEATS in [row.name for row in kinds]:
         log.info("%s: 25,000 a month per active user, booked on a single job run", SEATS)
     if TOTAL in usage.kinds:
@@ -1366,7 +1383,7 @@ def show_summary(report: Path, requested: Mapping[str, str], started: float) -> 
     size = report.stat().st_size / 1_000_000
     duration = format_duration(time.time() - started)
     log.info("")
-    log.info("%s rows, %.1f MB, %s", f"{usage.all_rows:,}", size, duration)
+    log.info("%s rows, %.1f MB, %s", f"{usage.rows:,}", size, duration)
 
 
 # --- The run ---
@@ -1377,13 +1394,15 @@ def find_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
     job = load_job(folder)
     if job is not None:
         log.info("Resuming export job %s", job.job_id)
-    elif settings.job_id:
-        # Its age is unknown. Like this, the first check is due at once.
+        return job
+    for part in folder.glob("part-*"):  # of an earlier job, if its run was killed at the end
+        part.unlink()
+    if settings.job_id:
+        # Its age is unknown. This makes the first check due immediately.
         job = Job(settings.job_id, time.time() - FIRST_CHECK)
         save_job(folder, job)
-    else:
-        job = request_job(settings, body, folder)
-    return job
+        return job
+    return request_job(settings, body, folder)
 
 
 def show_next_request(settings: Settings, body: dict[str, Any], folder: Path) -> None:
@@ -1398,12 +1417,12 @@ def show_next_request(settings: Settings, body: dict[str, Any], folder: Path) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """The steps of a run. Raises ReportError, or OSError for trouble with files."""
+    """The steps of a run. Raises ReportError, or OSError for file errors."""
     started = time.time()
     settings = load_settings(args)
     log.filters = [SecretFilter(settings.token)]
     if settings.primary_id is None:
-        raise ask_for_primary(settings)
+        ask_for_primary(settings)
     owner = retry(call_api, settings, "GET", "/api/v2/me", parse_owner)
     log.info("Signed in as %s", owner)
     organizations = {}
@@ -1420,10 +1439,15 @@ def run(args: argparse.Namespace) -> None:
         log.info("This can take up to 4 hours. If it is interrupted, the same command resumes it.")
         links = wait_for_links(settings, job)
         parts = download_parts(links, folder)
+        log.log(LIVE, "Merging %d parts", len(parts))
         merge_parts(parts, folder / MERGED_FILE, args.raw)
+        ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the path is printed
         report = publish_report(folder / MERGED_FILE, settings)
         (folder / JOB_FILE).unlink()
-    print(report, flush=True)
+    log.info("The report is complete:")
+    sys.stdout.buffer.write(os.fsencode(f"{report}\n"))  # whatever the encoding of stdout
+    sys.stdout.flush()
+    signal.signal(signal.SIGINT, ctrl_c)
     if args.quiet or args.raw:
         return
     try:
@@ -1437,22 +1461,16 @@ def run(args: argparse.Namespace) -> None:
 KEPT = "If an export job has started, it is kept: run the same command to resume."
 
 
-def interrupt_once(number: int, frame: object) -> None:
-    """Handle Ctrl-C. Another one while the run ends changes nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run once and turn failures into a message and an exit code."""
     args = parse_arguments(argv)
     level = logging.DEBUG if args.verbose else TICK
     log.handlers = [Console(logging.ERROR if args.quiet else level)]
     log.setLevel(logging.DEBUG)
-    signal.signal(signal.SIGINT, interrupt_once)
     try:
         run(args)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         log.critical("Interrupted. Run the same command again to resume.")
         return 130
     except ReportError as error:

@@ -87,6 +87,7 @@ def run(
             monkeypatch.delenv(name, raising=False)
             if settings.get(name) is not None:
                 monkeypatch.setenv(name, settings[name])
+        usage_report.log.filters.clear()  # of an earlier run, which would hide a leak
         capsys.readouterr()  # what a crashed run has left
         try:
             code = usage_report.main(["--output-dir", str(output), *arguments])
