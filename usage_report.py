@@ -988,6 +988,10 @@ def download_part(name: str, link: str, path: Path) -> None:
 
 # --- Merging the parts: the header once, then every row of every part ---
 
+# Rows are converted in blocks that end where a row ends. In a usual block, emptying the missing
+# values is all there is to do, and operations on the whole block do that 10 times faster than the
+# csv module. All other blocks go through the csv module.
+
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_ROW_LINES = 1000  # a row with more lines may be split between two blocks

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import io
 import os
+import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from clocks import Clock
 
-import usage_report
+Before = Callable[[int, str], None]
 
 
 class Killed(BaseException):
@@ -21,55 +23,52 @@ class Killed(BaseException):
 
 
 class Disk:
-    """Calls `before(number, operation)` before every operation that changes files in a folder. An
-    operation is a string such as "write state.json.new". What `before` raises is what the run gets.
-    A write counts twice, for its first half and for the rest."""
+    """Calls `before(number, operation)` before every operation that changes files in a folder, such
+    as "write job.json.new". What `before` raises is what the run gets. Writes are cut in halves."""
 
-    def __init__(self, folder: Path, before: Callable[[int, str], None]) -> None:
-        self.folder, self.before = str(folder), before
+    def __init__(self, folder: Path, before: Before) -> None:
+        self.folder = str(folder)
+        self.before = before
         self.operations: list[str] = []
-        self.dead = False
-        self.lock = threading.RLock()
+        self.dead = False  # After a kill, a run changes nothing.
+
+    def holds(self, path: Any) -> bool:
+        return isinstance(path, (str, os.PathLike)) and str(path).startswith(self.folder)
 
     def change(self, verb: str, path: Any) -> None:
-        text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
-        if not str(text).startswith(self.folder):
-            return
-        with self.lock:
-            if self.dead:
-                raise Killed
-            self.operations.append(f"{verb} {Path(text).name}")
-            try:
-                self.before(len(self.operations), self.operations[-1])
-            except Killed:
-                self.dead = True
-                raise
-
-    def read(self) -> None:
-        if self.dead:  # After a kill, a run does nothing at all.
+        if self.dead:
             raise Killed
+        self.operations.append(f"{verb} {Path(path).name}")
+        try:
+            self.before(len(self.operations), self.operations[-1])
+        except Killed:
+            self.dead = True
+            raise
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        changes = {"os.mkdir": 0, "os.rmdir": 0, "os.remove": 0, "os.rename": 0, "os.link": 1}
-        if event in changes:
-            self.change(event[3:], arguments[changes[event]])
-        elif event == "open" and isinstance(arguments[2], int):
-            writes = arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            self.change("open", arguments[0]) if writes else self.read()
-        elif event in ("os.listdir", "os.scandir"):
-            self.read()
+        if event not in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open"):
+            return
+        in_folder = self.holds(arguments[0])
+        if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:
+            in_folder = True  # shutil.rmtree: the path is relative to an open folder.
+        reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if in_folder and not reads:
+            self.change(event.replace("os.", ""), arguments[0])
 
     def fsync(self, handle: int) -> None:
         for path in (Path(self.folder), *Path(self.folder).rglob("*")):
-            with contextlib.suppress(FileNotFoundError):  # Another thread may rename it now.
-                if os.path.samestat(path.stat(), os.fstat(handle)):
-                    self.change("fsync", path)
-                    break
+            if os.path.samestat(path.stat(), os.fstat(handle)):
+                self.change("fsync", path)
+
+    def open(self, path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if mode != "wb" or not self.holds(path):
+            return real_open(path, mode, *arguments, **options)
+        file = RawFile(path, mode)
+        file.disk = self
+        return io.BufferedWriter(file)
 
 
 class RawFile(io.FileIO):
-    disk: Disk
-
     def write(self, data: Any) -> int:
         half = len(data) // 2
         for piece in (data[:half], data[half:]):
@@ -78,7 +77,9 @@ class RawFile(io.FileIO):
         return len(data)
 
 
+real_open = open
 active: list[Disk] = []
+hooks: list[object] = []  # A hook stays until Python ends, so there is only one.
 
 
 def audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -86,66 +87,36 @@ def audit(event: str, arguments: tuple[Any, ...]) -> None:
         disk.audit(event, arguments)
 
 
-hooks: list[object] = []  # A hook stays until Python ends, so there is only one.
-
-
 @contextlib.contextmanager
-def watch(
-    folder: Path, before: Callable[[int, str], None] = lambda n, what: None
-) -> Iterator[Disk]:
-    """While this lasts, the script's operations in the folder go through a Disk."""
+def watch(folder: Path, before: Before = lambda number, operation: None) -> Iterator[Disk]:
+    """While this lasts, the operations in the folder go through a Disk."""
     if not hooks:
         hooks.append(audit)
         sys.addaudithook(audit)
-    disk, fsync = Disk(folder, before), os.fsync
-    raw = type("RawFile", (RawFile,), {"disk": disk})
-
-    def open_file(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if mode == "w+b":
-            return io.BufferedRandom(raw(path, mode))
-        return open(path, mode, *arguments, **options)
-
-    usage_report.open = open_file  # type: ignore[attr-defined]
-    os.fsync = disk.fsync
-    active.append(disk)
-    try:
-        yield disk
-    finally:
-        active.remove(disk)
-        os.fsync = fsync
-        del usage_report.open  # type: ignore[attr-defined]
+    disk = Disk(folder, before)
+    files = mock.patch.multiple(builtins, open=disk.open), mock.patch.multiple(io, open=disk.open)
+    with files[0], files[1], mock.patch.multiple(os, fsync=disk.fsync):
+        active.append(disk)
+        try:
+            yield disk
+        finally:
+            active.remove(disk)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # as a new process has it
 
 
-def kill_before(number: int) -> Callable[[int, str], None]:
-    def before(count: int, operation: str) -> None:
-        if count == number:
-            raise Killed
-
-    return before
-
-
-def kill_before_first(wanted: str) -> Callable[[int, str], None]:
-    """Kill at the first operation that begins with this text."""
-
-    def before(count: int, operation: str) -> None:
-        if operation.startswith(wanted):
-            raise Killed
-
-    return before
-
-
-def crash(
-    run: Callable[..., Any], output: Path, at: str, *arguments: str, **variables: str
-) -> None:
+def crash(run: Callable[..., Any], output: Path, at: str, *arguments: str) -> None:
     """A run that is killed at the first operation that begins with this text."""
-    with watch(output, kill_before_first(at)) as disk, contextlib.suppress(Killed):
-        run(*arguments, **variables)
+
+    def before(count: int, operation: str) -> None:
+        if operation.startswith(at):
+            raise Killed
+
+    with watch(output, before) as disk, contextlib.suppress(Killed):
+        run(*arguments)
     assert disk.dead, f"no operation is {at}: {disk.operations}"
 
 
-def crash_after(
-    seconds: float, clock: Clock, run: Callable[..., Any], *arguments: str, **variables: str
-) -> None:
+def crash_after(seconds: float, clock: Clock, run: Callable[..., Any], *arguments: str) -> None:
     """A run that is killed while it waits, this many seconds from now."""
     end = clock.now + seconds
 
@@ -154,11 +125,6 @@ def crash_after(
         if clock.now > end:
             raise Killed
 
-    clock.sleep = sleep  # type: ignore[method-assign]
-    try:
-        run(*arguments, **variables)
-    except Killed:
-        return
-    finally:
-        del clock.sleep  # type: ignore[method-assign]
-    raise AssertionError("the run ended before it could be killed")
+    with contextlib.suppress(Killed), mock.patch.object(clock, "sleep", sleep):
+        run(*arguments)
+        raise AssertionError("the run ended before it could be killed")

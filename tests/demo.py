@@ -2,122 +2,90 @@
 
     python tests/demo.py
 
-Takes half a minute. Reads no .env file. The reports go to a temporary folder, which is kept if the
-demo succeeds. With flags, such as --dry-run or --verbose, it runs the script once with them.
+Takes less than half a minute and reads no .env file. The report goes to usage_reports/demo/, next
+to real reports but not among them. The next demo replaces it.
 """
 
-# ruff: noqa: E402  (signals are handled before the imports, which take a moment)
+# ruff: noqa: E402  (Ctrl-C must not show a traceback of the imports)
 from __future__ import annotations
 
-import os
 import signal
-import sys
 
-names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP.
-SIGNALS = [getattr(signal, name) for name in names if hasattr(signal, name)]
-for signal_number in SIGNALS:  # The imports take a moment.
-    signal.signal(signal_number, lambda number, frame: os._exit(128 + number))
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import contextlib
-import re
+import os
 import shutil
-import subprocess
-import tempfile
+import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import NoReturn
 
-from fake_circleci import ORGANIZATIONS, PRIMARY, TOKEN, FakeCircleCI, make_rows
+from fake_circleci import COLUMNS, PRIMARY, TOKEN, Cell, FakeCircleCI, make_runs
 
-SCRIPT = Path(__file__).resolve().parent.parent / "usage_report.py"
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import usage_report
+
+FOLDER = PROJECT / "usage_reports" / "demo"
+JOB_SECONDS = 12  # The script checks an export after 15 seconds.
+# Names and numbers of job runs. The last name is "Acme Tokyo" in Japanese.
+ORGANIZATIONS = {"Acme": 6000, "Acme Research, Inc.": 2500, "\u30a2\u30af\u30e1\u6771\u4eac": 0}
+OPEN_COMMANDS = {"darwin": "open", "win32": "explorer"}
+
+USER = COLUMNS.index("PIPELINE_TRIGGER_USER_ID")
+SECONDS = COLUMNS.index("JOB_RUN_SECONDS")
+SEATS = COLUMNS.index("USER_CREDITS")
+TOTAL = COLUMNS.index("TOTAL_CREDITS")
 
 
-class Stopped(BaseException):
-    """A signal has arrived."""
-
-
-def stop(number: int, frame: object) -> NoReturn:
-    for signal_number in SIGNALS:  # One is enough.
-        signal.signal(signal_number, signal.SIG_IGN)
-    raise Stopped(number)
+def add_seat(runs: list[list[Cell]]) -> None:
+    """Charge for an active user on a single job run, as CircleCI does."""
+    by_users = [run for run in runs if run[USER] and run[SECONDS]]
+    shortest = min(by_users, key=lambda run: run[SECONDS])
+    shortest[SEATS] += 25_000
+    shortest[TOTAL] += 25_000
 
 
 def start_fake() -> FakeCircleCI:
-    """Three organizations, one of them without usage, and an export that takes 20 seconds."""
-    fake = FakeCircleCI()
-    fake.job_seconds, fake.part_count = 20, 4
-    this_month = datetime.now(timezone.utc).replace(day=1, tzinfo=None)
+    """A fake CircleCI with the usage of last month."""
+    now = datetime.now(timezone.utc).replace(tzinfo=None)
+    this_month = now.replace(day=1, hour=0, minute=0, second=0)
     last_month = (this_month - timedelta(days=1)).replace(day=1)
-    first, second, _ = ORGANIZATIONS.items()
-    fake.usage = {
-        first[0]: make_rows(6000, *first, last_month),
-        second[0]: make_rows(2500, *second, last_month),
-    }
+    fake = FakeCircleCI()
+    fake.job_seconds = JOB_SECONDS
+    fake.organizations = dict(zip(fake.organizations, ORGANIZATIONS))
+    fake.usage = {}
+    for organization_id, name in fake.organizations.items():
+        runs = make_runs(ORGANIZATIONS[name], organization_id, name, last_month)
+        fake.usage[organization_id] = list(runs)
+    add_seat(fake.usage[PRIMARY])
     return fake
 
 
-def run_script(fake: FakeCircleCI, folder: str, *flags: str) -> int:
-    """Run the script on this terminal. Returns its exit code.
-
-    In a session of its own, so that Ctrl-C reaches the demo alone. The script would promise to
-    resume, but the fake CircleCI ends with the demo."""
-    print("\n$ python usage_report.py", *flags, flush=True)
-    settings = {"CIRCLE_TOKEN": TOKEN, "PRIMARY_ORG_ID": PRIMARY, "CIRCLECI_BASE_URL": fake.url}
-    child = subprocess.Popen(
-        [sys.executable, SCRIPT, "--env-file", os.devnull, "--output-dir", folder, *flags],
-        env={**os.environ, **settings, "SHARED_ORG_IDS": ""},
-        start_new_session=True,
-        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows
-    )
-    try:
-        return child.wait()
-    finally:
-        child.kill()
-        child.wait()
+def run_script(fake: FakeCircleCI) -> int:
+    """Run the script with settings for the fake and no others. Returns its exit code."""
+    for name in usage_report.VARIABLES:
+        os.environ.pop(name, None)
+    os.environ["CIRCLE_TOKEN"] = TOKEN
+    os.environ["PRIMARY_ORG_ID"] = PRIMARY
+    os.environ["CIRCLECI_BASE_URL"] = fake.url
+    usage_report.SCRIPT_FOLDER = FOLDER  # so that your .env is not read
+    print("$ python usage_report.py --period last-month", flush=True)
+    return usage_report.main(["--period", "last-month", "--output-dir", str(FOLDER)])
 
 
-def sample(report: Path) -> str:
-    """The start of the first row that has a name with a comma. IDs are replaced by an ellipsis."""
-    with report.open(encoding="utf-8") as lines:
-        line = next(line for line in lines if "Research" in line)
-    return re.sub("[0-9a-f]{4}[0-9a-f-]{32}", "\u2026", line)[:60] + "\u2026"
-
-
-def run_demo(folder: str) -> int:
-    """The demo without flags. Returns the exit code."""
-    with contextlib.closing(start_fake()) as fake:
-        code = run_script(fake, folder, "--period", "last-month")
-        job_id = next(iter(fake.jobs), "")
-        code = code or run_script(fake, folder, "--quiet", "--plain", "--job-id", job_id)
-    if code == 0:
-        raw, plain = sorted(Path(folder).glob("*.csv"), key=lambda path: job_id in path.name)
-        print(f"\nA row of the first report, as CircleCI wrote it:\n{sample(raw)}")
-        print(f"The same row of the second report, which is plain CSV:\n{sample(plain)}")
-        print("\nNext: open the second report in a spreadsheet, and see Quick start in README.md.")
-        print(f"When you are done, remove {folder}")
-    return code
-
-
-def main(flags: list[str]) -> int:
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    folder, code = tempfile.mkdtemp(prefix="usage-report-demo-"), 1
-    try:
-        for signal_number in SIGNALS:
-            signal.signal(signal_number, stop)
-        if flags:
-            with contextlib.closing(start_fake()) as fake:
-                code = run_script(fake, folder, "--period", "last-month", *flags)
-        else:
-            code = run_demo(folder)
-    except Stopped as stopped:
-        code = 128 + stopped.args[0]
-        erase = "\r\x1b[K" if sys.stderr.isatty() and os.name != "nt" else "\n"
-        print(f"{erase}Demo stopped. Its temporary folder is removed.", file=sys.stderr)
-    finally:
-        if code or not os.listdir(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-    return code
+def main() -> int:
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    code = run_script(start_fake())
+    if code != 0:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        print("The demo keeps nothing. Its next run starts over.")
+        return code
+    report = next(FOLDER.glob("*.csv"))
+    print("\nThis was a demo with made-up usage. To open its report in a spreadsheet, run:")
+    print(f'{OPEN_COMMANDS.get(sys.platform, "xdg-open")} "{report}"')
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
