@@ -143,7 +143,7 @@ class NotFinished(ReportError):
     """Nothing is lost: the same command resumes."""
 
     exit_code = 75
-    advice = "Run the same command again to resume."
+    advice = "Run the same command again."
 
 
 class TemporaryError(NotFinished):
@@ -176,7 +176,7 @@ class NotFound(ReportError):
 class MayHaveStarted(ReportError):
     """A POST got no clear answer. It may have started an export job."""
 
-    advice = "Running again may use another of your 10 exports per hour."
+    advice = "Running again uses another of your 10 exports an hour."
 
 
 # --- Text and progress ---
@@ -205,8 +205,8 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
         live = record.levelno in (LIVE, TICK)
         if self.terminal:
             if live:
-                columns = os.get_terminal_size(self.stream.fileno()).columns
-                text = text[: columns - 1]
+                columns = os.get_terminal_size(self.stream.fileno()).columns or 80
+                text = text[: columns - 3] + "  "  # room for the ^C of Ctrl-C
             overwrite = "\r" if self.live_width else ""
             line_end = "" if live else "\n"
             self.stream.write(overwrite + text.ljust(self.live_width) + line_end)
@@ -300,7 +300,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--period", help="yesterday, last-week, last-month, this-month, or YYYY-MM (UTC)")
+    add("--period", help="YYYY-MM, last-month, this-month, last-week, or yesterday (UTC)")
     add("--start", help="first day, as YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ")
     add("--end", help="last day, in the same format")
     add("--output-dir", help="folder for reports; default: usage_reports next to the script")
@@ -649,7 +649,8 @@ def parse_choices(answer: Any) -> list[str]:
     lines = []
     for entry in answer:
         if entry["id"]:
-            lines.append(clean(f"{entry['id']}  {entry['slug']}  {entry['name']}"))
+            cells = [clean(entry[key]) for key in ("id", "slug", "name")]
+            lines.append("  ".join(cells))
     return lines
 
 
@@ -768,7 +769,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
         lock(lock_file)
     except (BlockingIOError, PermissionError):
         lock_file.close()
-        raise ReportError("Another run is working on this export. Wait for it.") from None
+        raise ReportError("Another run is working on this export. Wait until it ends.") from None
     try:
         yield
     except NothingToCollect:
@@ -915,8 +916,7 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
     empty_answers = 0
     failures: list[ReportError] = []  # in a row
     while next_check < give_up_at:
-        age = format_duration(time.time() - job.requested_at)
-        pause(next_check - time.time(), f"Export job: {state}, {age} old. Next check")
+        pause(next_check - time.time(), f"Export job: {state}. Next check")
         next_check = job.requested_at + next_check_age(time.time() - job.requested_at)
         try:
             state, links = call_api(settings, "GET", path, parse_job)
@@ -1343,7 +1343,6 @@ def show_table(
     shown = ranked[:most]
     if with_total:
         shown.append(total)
-    log.info("")
     log.info(TABLE_LINE.format("CREDITS", "SHARE", "", "ROWS", title))
     for row in shown:
         share = row.credits / (total.credits or 1)
@@ -1375,14 +1374,17 @@ def show_summary(report: Path, requested: Mapping[str, str], started: float) -> 
             row = usage.organizations[organization_id]
             if row.rows == 0:
                 row.name = f"{name or organization_id} (no usage)"
-    kinds = [row for row in usage.kinds.values() if row.credits]
     if TOTAL in usage.kinds:
+        log.info("")
         show_table("ORGANIZATION", usage.organizations.values(), with_total=True)
+    kinds = [row for row in usage.kinds.values() if row.credits]
+    log.info("")
     show_table("KIND", [row for row in kinds if row.name != TOTAL])
+    log.info("")
     if SEATS in [row.name for row in kinds]:
-        log.info("%s: 25,000 a month per active user, booked on a single job run", SEATS)
+        log.info("Projects without %s (25,000 a month per active user, on one job run):", SEATS)
     if TOTAL in usage.kinds:
-        show_table(f"PROJECT (without {SEATS})", usage.projects.values(), MAX_PROJECTS)
+        show_table("PROJECT", usage.projects.values(), MAX_PROJECTS)
     show_problems(usage)
     size = report.stat().st_size / 1_000_000
     duration = format_duration(time.time() - started)
@@ -1475,10 +1477,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        log.critical("Interrupted. Run the same command again to resume.")
+        log.critical("Interrupted. Run the same command to resume.")
         return 130
     except ReportError as error:
-        log.error("%s %s", error, error.advice)
+        log.error("%s", f"{error} {error.advice}".strip())
         return error.exit_code
     except OSError as error:
         disk_full = error.errno in DISK_FULL

@@ -71,6 +71,7 @@ def run_script(fake: FakeCircleCI) -> int:
     os.environ["CIRCLECI_BASE_URL"] = fake.url
     usage_report.SCRIPT_FOLDER = FOLDER  # so that your .env is not read
     print("$ python usage_report.py --period last-month", flush=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return usage_report.main(["--period", "last-month", "--output-dir", str(FOLDER)])
 
 

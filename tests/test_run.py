@@ -133,7 +133,7 @@ def test_a_terminal_has_one_live_line_that_fits(fast, fast_fake, output, width):
     assert wait_for_exit(child).code == 0 and len(list(output.iterdir())) == 1
     lines = raw.decode().replace("\r\n", "\n").split("\n")
     assert not re.search(r"[^ -~\r]|\d{4}-\d\d-\d\dT", "".join(lines)), "no escapes, no timestamps"
-    assert max(line.count("\rExport job: ") for line in lines) > 30
+    assert max(line.count("\rExport job: ") for line in lines) > 3
     for line in lines:
         live = line.split("\r")
         last = live.pop()
@@ -146,9 +146,9 @@ def test_a_terminal_has_one_live_line_that_fits(fast, fast_fake, output, width):
 @pytest.mark.parametrize(
     "until, number, times, code",
     [
-        pytest.param("GET api /me", CTRL_C, 1, 130, id="Ctrl-C before the POST"),
-        pytest.param("POST api export_job", CTRL_C, 3, 130, id="Ctrl-C three times in the POST"),
-        pytest.param("GET api export_job/", CTRL_C, 3, 130, id="Ctrl-C three times in the wait"),
+        pytest.param("GET api /me", CTRL_C, 9, 130, id="Ctrl-C before the POST"),
+        pytest.param("POST api export_job", CTRL_C, 9, 130, id="Ctrl-C nine times in the POST"),
+        pytest.param("GET api export_job/", CTRL_C, 9, 130, id="Ctrl-C nine times in the wait"),
         pytest.param("GET store data_", CTRL_C, 1, 130, id="Ctrl-C in a download"),
         pytest.param("GET api export_job/", signal.SIGTERM, 1, -signal.SIGTERM, id="SIGTERM"),
         pytest.param("GET api export_job/", HANGUP, 1, -HANGUP, id="SIGHUP"),
@@ -166,9 +166,10 @@ def test_after_a_signal_the_next_run_resumes(
     child = fast.start(fake, "--output-dir", output, "--period", "last-month")
     while not fake.requests(*until.split()) and child.poll() is None:
         REAL_SLEEP(0.005)
+    REAL_SLEEP(0.05)
     for _ in range(times):
-        REAL_SLEEP(0.05)
         child.send_signal(number)
+        REAL_SLEEP(0.005)
     result = wait_for_exit(child)
     assert (result.code, result.out) == (code, "")
     assert len(leftovers(output)) == len(fake.jobs) and not list(output.rglob("*.new"))
