@@ -1249,14 +1249,24 @@ class Usage:
     def __init__(self, columns: Sequence[str]) -> None:
         self.organizations: dict[str, TableRow] = defaultdict(TableRow)  # by ID
         self.projects: dict[tuple[str, str], TableRow] = defaultdict(TableRow)  # by both IDs
-        self.kinds = {name: TableRow(name) for name in columns if name.endswith("_CREDITS")}
+        self.kinds: dict[str, TableRow] = {}
+        self.kind_places: list[tuple[int, TableRow]] = []
+        for place, name in enumerate(columns):
+            if name.endswith("_CREDITS"):
+                self.kinds[name] = TableRow(name)
+                self.kind_places.append((place, self.kinds[name]))
+        # A missing column is read from an empty cell behind the others.
+        places = {name: place for place, name in enumerate(columns)}
+        self.label_places = [places.get(name, len(columns)) for name in LABELS]
         self.missing_columns = [name for name in (*LABELS, TOTAL) if name not in columns]
         self.rows = 0
         self.irregular_rows = 0
         self.not_numbers = 0
 
-    def add(self, labels: Sequence[str], credits: Sequence[str]) -> None:
-        """Count a row of the report, given as its cells for LABELS and for the kinds."""
+    def add(self, cells: list[str]) -> None:
+        """Count a row of the report."""
+        cells.append("")
+        labels = [cells[place] for place in self.label_places]
         organization_id, organization_name, project_id, project_name = labels
         organization = self.organizations[organization_id or organization_name]
         project = self.projects[organization_id, project_id or project_name]
@@ -1266,7 +1276,8 @@ class Usage:
             project.name = f"{project_name or project_id} ({organization.name})"
         organization.rows += 1
         project.rows += 1
-        for kind, text in zip(self.kinds.values(), credits):
+        for place, kind in self.kind_places:
+            text = cells[place]
             if text in ("0", ""):
                 continue
             number = parse_credits(text)
@@ -1314,20 +1325,14 @@ def count_usage(report: Path) -> Usage:
     """Add up a report in plain CSV. Finds columns by name. Raises csv.Error if it is not CSV."""
     with open(report, "rb") as file:
         columns = [name.upper() for name in parse_first_line(file.readline(), 0)]
-        width = len(columns)
         usage = Usage(columns)
-        # A missing column is read from an empty cell that is added to each row.
-        label_places = [columns.index(name) if name in columns else width for name in LABELS]
-        kind_places = [columns.index(kind) for kind in usage.kinds]
         for block in read_blocks(file):
-            for cells in split_rows(block, width):
+            for cells in split_rows(block, len(columns)):
                 usage.rows += 1
-                if len(cells) != width:
+                if len(cells) == len(columns):
+                    usage.add(cells)
+                else:
                     usage.irregular_rows += 1
-                    continue
-                cells.append("")
-                labels = [cells[place] for place in label_places]
-                usage.add(labels, [cells[place] for place in kind_places])
     return usage
 
 

@@ -105,7 +105,7 @@ def test_bytes_that_are_not_utf_8_survive(tmp_path, dialect, name):
 
 
 many = settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 letters = st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from(',"\\N0 \n\r')
 # A text that reads \N cannot be told from a missing value.

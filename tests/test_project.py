@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-from functools import lru_cache
 
 import dotenv
 import pytest
@@ -25,10 +24,9 @@ def tracked_files() -> list[str]:
     return subprocess.check_output(["git", "ls-files"], cwd=PROJECT, text=True).splitlines()
 
 
-@lru_cache
-def flags() -> set[str]:
-    command = [sys.executable, PROJECT / "usage_report.py", "--help"]
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", subprocess.check_output(command, text=True)))
+@pytest.fixture
+def flags(run) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", run("--help").out))
 
 
 def test_the_top_level_shows_only_the_expected_files():
@@ -66,17 +64,17 @@ def test_env_example_has_exactly_the_variables():
     assert not any(values.values()), "only CIRCLE_TOKEN has a value"
 
 
-def test_the_readme_names_every_variable_flag_and_exit_code():
-    for name in [*usage_report.VARIABLES, *flags() - {"--help", "--version"}]:
+def test_the_readme_names_every_variable_flag_and_exit_code(flags):
+    for name in [*usage_report.VARIABLES, *flags - {"--help", "--version"}]:
         assert re.search(rf"(?<![\w-]){name}(?![\w-])", README), name
     for code in (0, 1, 2, 3, 75, 130):
         assert re.search(rf"(?m)^\| {code} \|", README), code
 
 
-def test_the_readme_uses_only_flags_that_exist():
+def test_the_readme_uses_only_flags_that_exist(flags):
     commands = re.findall(r"usage_report\.py((?: [^\s`|;&>\"')]+)*)", README)
     used = {flag for command in commands for flag in re.findall(r"--[a-z-]+", command)}
-    assert used and used <= flags()
+    assert used and used <= flags
 
 
 def test_the_readme_has_the_setup_command_that_the_script_suggests():

@@ -9,10 +9,10 @@ import signal
 import struct
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import pytest
-from clocks import PROJECT, REAL_SLEEP, wait_for_exit
+from clocks import PROJECT, REAL_SLEEP, REAL_TIME, wait_for_exit
 from conftest import always, leftovers
 from crash import crash_after, watch
 from fake_circleci import ORGANIZATIONS, PRIMARY, Answer, Job, problem
@@ -79,12 +79,13 @@ def test_a_dry_run_shows_the_next_request(fake, run, clock, output):
     assert {(each.code, each.out) for each in (post, collect, resume)} == {(0, "")}
 
 
-def test_a_log_has_plain_lines_with_utc_timestamps(fake, run, output):
-    fake.job_seconds = 100
-    result = run("--verbose")
-    assert result.code == 0 and leftovers(output) == []
+def test_a_log_has_plain_lines_with_utc_timestamps(fast, fast_fake, output):
+    fast_fake.job_seconds = 100
+    result = fast.run(fast_fake, "--verbose", "--output-dir", output, TZ="Asia/Tokyo")
+    assert result.code == 0 and list(output.iterdir()) == [result.report]
     assert LOG_LINE.sub("", result.err) == ""
-    assert result.err.startswith("2026-10-24T12:00:00Z ")
+    first = datetime.strptime(result.err[:20] + "+0000", "%Y-%m-%dT%H:%M:%SZ%z")
+    assert abs(first.timestamp() - REAL_TIME()) < 3600
     assert result.err.count("Next check") <= 6, "no countdown"
 
 
@@ -103,13 +104,12 @@ def test_trouble_in_the_summary_is_no_failure(run, output, tmp_path):
 
 def test_an_existing_report_is_not_overwritten(run, output):
     output.mkdir()
-    taken = []
-    for seconds in range(2):
-        moment = datetime.now() + timedelta(seconds=seconds)
-        taken.append(output / f"all_orgs_{moment:%Y%m%d_%H%M%S}_2026-09-01_2026-09-30.csv")
-        taken[-1].write_text("mine")
-    assert sorted([*taken, run().report]) == sorted(output.iterdir())
-    assert [path.read_text() for path in taken] == ["mine", "mine"]
+    while datetime.now().microsecond > 500_000:  # The name has the second.
+        REAL_SLEEP(0.05)
+    taken = output / f"all_orgs_{datetime.now():%Y%m%d_%H%M%S}_2026-09-01_2026-09-30.csv"
+    taken.write_text("mine")
+    assert sorted([taken, run().report]) == sorted(output.iterdir())
+    assert taken.read_text() == "mine"
 
 
 @POSIX
