@@ -1001,8 +1001,9 @@ COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*")
 NOT_SEPARATORS = bytes(set(range(256)) - set(b'",\n'))
 
 # How CircleCI writes a missing value: "\N" in the quoted dialect, \N or \\N in the bare one.
-QUOTED_MISSING = re.compile(rb'(?m)(^|,)"\\N"(?=,|\r?$)')
-BARE_MISSING = re.compile(rb"(?m)(^|,)\\N(?=,|\r?$)")
+# Nothing but a comma or a line end stands before it and after it.
+QUOTED_MISSING = re.compile(rb'(?m)"\\N"(?<![^,\n]"\\N")(?=,|\r?$)')
+BARE_MISSING = re.compile(rb"(?m)\\N(?<![^,\n]\\N)(?=,|\r?$)")
 csv.field_size_limit(1 << 30)  # The csv module refuses cells over 128 kB by default.
 
 
@@ -1146,7 +1147,7 @@ def convert_quoted(block: bytes) -> bytes:
     for _ in range(2):  # Neighbors share a comma.
         block = block.replace(b',"\\N",', b',"",')
     if b"\\" in block:  # Missing values at the edge of a row, or names with a backslash.
-        block = QUOTED_MISSING.sub(rb'\1""', block)
+        block = QUOTED_MISSING.sub(b'""', block)
     return block
 
 
@@ -1167,14 +1168,15 @@ def convert_bare(block: bytes, width: int) -> bytes:
             return block
         return write_rows(csv.reader(text_lines(block)), (r"\N", r"\\N"), line_end)
     # Escape \N as \\N. Otherwise, the csv module reads it as N.
-    block = BARE_MISSING.sub(rb"\1\\\\N", block)
+    block = BARE_MISSING.sub(rb"\\\\N", block)
     rows = csv.reader(text_lines(block), quoting=csv.QUOTE_NONE, escapechar="\\")
     return write_rows(rows, (r"\N",), line_end)
 
 
 def is_ordinary_csv(block: bytes, width: int) -> bool:
     """Whether a block has quotes where needed, as every CSV writer but CircleCI's puts them."""
-    if not re.search(rb'(?m)(^|,)"', block):
+    begins_with_quote = block.startswith(b'"') or b',"' in block or b'\n"' in block
+    if not begins_with_quote:
         return False
     try:
         for cells in csv.reader(text_lines(block), strict=True):

@@ -98,18 +98,14 @@ def make_runs(count: int, organization_id: str, name: str, since: datetime) -> I
             project = dice.choice(list(projects))
             source = dice.choice(["webhook", "api", "schedule"])
             pipeline: dict[str, Cell] = {
-                "ORGANIZATION_ID": organization_id,
-                "ORGANIZATION_NAME": name,
+                "ORGANIZATION_ID": organization_id, "ORGANIZATION_NAME": name,
                 "ORGANIZATION_CREATED_DATE": "2020-04-03",
-                "PROJECT_ID": projects[project],
-                "PROJECT_NAME": project,
+                "PROJECT_ID": projects[project], "PROJECT_NAME": project,
                 "PROJECT_CREATED_DATE": "2021-02-01",
                 "LAST_BUILD_FINISHED_AT": f"{since + timedelta(days=28):%Y-%m-%d %H:%M:%S}.577",
-                "VCS_NAME": "github",
-                "VCS_URL": f"https://github.com/acme/{project}",
+                "VCS_NAME": "github", "VCS_URL": f"https://github.com/acme/{project}",
                 "VCS_BRANCH": dice.choice(branches),
-                "PIPELINE_ID": new_id(),
-                "PIPELINE_CREATED_AT": f"{at:%Y-%m-%d %H:%M:%S}.761",
+                "PIPELINE_ID": new_id(), "PIPELINE_CREATED_AT": f"{at:%Y-%m-%d %H:%M:%S}.761",
                 "PIPELINE_NUMBER": 60000 + number,
                 "IS_UNREGISTERED_USER": "true" if source == "schedule" else "false",
                 "PIPELINE_TRIGGER_SOURCE": source,
@@ -119,13 +115,9 @@ def make_runs(count: int, organization_id: str, name: str, since: datetime) -> I
                 "WORKFLOW_FIRST_JOB_STARTED_AT": moment(2),
                 "WORKFLOW_STOPPED_AT": moment(dice.randrange(10, 3600)),
                 "IS_WORKFLOW_SUCCESSFUL": "true",
-            }
-        run = {
-            **pipeline,
-            "WORKFLOW_ID": new_id(),
-            "JOB_ID": new_id(),
-            "JOB_RUN_DATE": f"{at:%Y-%m-%d}",
-        }
+            }  # fmt: skip
+        ids = {"WORKFLOW_ID": new_id(), "JOB_ID": new_id()}
+        run = {**pipeline, **ids, "JOB_RUN_DATE": f"{at:%Y-%m-%d}"}
         seconds = int(dice.lognormvariate(5, 1)) + 1
         size, rate = dice.choice([("small", 5), ("medium", 10), ("large", 20), ("xlarge", 40)])
         compute, storage = seconds * rate // 60 + 1, dice.choice([0, 0, 0, 24])
@@ -139,11 +131,8 @@ def make_runs(count: int, organization_id: str, name: str, since: datetime) -> I
                 "JOB_RUN_STARTED_AT": moment(8),
                 "JOB_RUN_STOPPED_AT": moment(8 + seconds),
                 "JOB_BUILD_STATUS": dice.choice(["success", "success", "failed"]),
-                "RESOURCE_CLASS": size,
-                "OPERATING_SYSTEM": "linux",
-                "EXECUTOR": "docker",
-                "PARALLELISM": 1,
-                "JOB_RUN_SECONDS": seconds,
+                "RESOURCE_CLASS": size, "OPERATING_SYSTEM": "linux", "EXECUTOR": "docker",
+                "PARALLELISM": 1, "JOB_RUN_SECONDS": seconds,
             })  # fmt: skip
             if seconds > 15:
                 run.update({name: dice.randrange(100) for name in COLUMNS if name.endswith("_PCT")})
@@ -292,14 +281,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.fake.lock:
-            seen = Seen(
-                self.fake.clock(),
-                self.server_name,
-                self.command,
-                self.path,
-                dict(self.headers.items()),
-                body,
-            )
+            request = (self.command, self.path, dict(self.headers.items()), body)
+            seen = Seen(self.fake.clock(), self.server_name, *request)
             self.fake.seen.append(seen)
         try:
             self.send(self.answer(seen))
@@ -359,52 +342,46 @@ class ApiHandler(Handler):
     server_name = "api"
 
     def answer(self, seen: Seen) -> Answer:
-        fake, path = self.fake, urlsplit(seen.path).path
+        path = urlsplit(seen.path).path
         export = re.fullmatch(r"/api/v2/organizations/([^/]+)/usage_export_job(?:/([^/]+))?", path)
-        shares = re.fullmatch(r"/private/orgs/([^/]+)/plan/shares-for", path)
-        kind = seen.method if export else "shares" if shares else path.rsplit("/", 1)[-1]
-        with fake.lock:
-            planned = fake.planned[kind].pop(0) if fake.planned[kind] else None
+        kind = path.rsplit("/", 1)[-1]  # me, collaborations, or shares-for
+        if export:
+            kind = seen.method
+        kind = {"shares-for": "shares"}.get(kind, kind)
+        with self.fake.lock:
+            planned = self.fake.planned[kind].pop(0) if self.fake.planned[kind] else None
             if planned and not planned.replaced:
                 return planned
-            if seen.headers.get("Circle-Token") != fake.token:
+            if seen.headers.get("Circle-Token") != self.fake.token:
                 return problem(401, "Invalid token provided.")
-            if path == "/api/v2/me":
-                answer = in_json(
-                    {
-                        "id": str(uuid.UUID(int=7)),
-                        "login": "pat",
-                        "name": "Pat Doe",
-                        "avatar_url": None,
-                    }
-                )
-            elif path == "/api/v2/me/collaborations":
-                rows = [
-                    {"id": i, "name": n, "slug": f"gh/{n}", "vcs-type": "github"}
-                    for i, n in fake.organizations.items()
-                ]
-                answer = in_json(
-                    [*rows, {"id": None, "name": "Old", "slug": "bb/old", "vcs-type": "bitbucket"}]
-                )
-            elif shares:
-                orgs = [
-                    {"id": i, "name": n, "vcs_type": "github"}
-                    for i, n in fake.organizations.items()
-                ]
-                answer = in_json({"orgs": orgs})
-            elif export and export[1] not in fake.organizations:
-                answer = problem(404, "Organization does not exist.")
-            elif export:
-                answer = self.throttled(seen.method, export[1]) or (
-                    self.create(export[1], seen.body)
-                    if seen.method == "POST"
-                    else self.status(export[2] or "")
-                )
-            else:
-                answer = problem(404, "Not found.")
+            answer = self.answer_export(seen, *export.groups()) if export else self.read(kind)
         if kind == "POST":
-            real_sleep(fake.post_seconds)
+            real_sleep(self.fake.post_seconds)
         return planned or answer
+
+    def read(self, kind: str) -> Answer:
+        organizations = self.fake.organizations.items()
+        if kind == "me":
+            user = {"id": str(uuid.UUID(int=7)), "login": "pat", "name": "Pat Doe"}
+            return in_json({**user, "avatar_url": None})
+        if kind == "collaborations":
+            old = {"id": None, "name": "Old", "slug": "bb/old", "vcs-type": "bitbucket"}
+            rows = [{"id": i, "name": n, "slug": f"gh/{n}"} for i, n in organizations]
+            return in_json([*rows, old])
+        if kind == "shares":
+            rows = [{"id": i, "name": n, "vcs_type": "github"} for i, n in organizations]
+            return in_json({"orgs": rows})
+        return problem(404, "Not found.")
+
+    def answer_export(self, seen: Seen, organization: str, job_id: str | None) -> Answer:
+        if organization not in self.fake.organizations:
+            return problem(404, "Organization does not exist.")
+        throttled = self.throttled(seen.method, organization)
+        if throttled:
+            return throttled
+        if seen.method == "POST":
+            return self.create(organization, seen.body)
+        return self.status(job_id or "")
 
     def throttled(self, method: str, organization: str) -> Answer | None:
         now, spent = self.fake.clock(), self.fake.spent[method, organization]
@@ -447,31 +424,22 @@ class ApiHandler(Handler):
         if not job:
             return problem(404, "Usage export job does not exist.")
         elapsed = fake.clock() - job.created_at
-        state = (
-            "created"
-            if elapsed < fake.job_seconds / 10
-            else "processing"
-            if elapsed < fake.job_seconds
-            else "completed"
-        )
-        state = "failed" if fake.job_fails and state == "completed" else state
+        state = "completed"
+        if elapsed < fake.job_seconds:
+            state = "created" if elapsed < fake.job_seconds / 10 else "processing"
+        elif fake.job_fails:
+            state = "failed"
         state = fake.odd_states.pop(0) if fake.odd_states else state
-        answer: dict[str, object] = {
-            "usage_export_job_id": job_id,
-            "state": state,
-            "download_urls": None,
-        }
-        if state == "failed":
-            answer["error_reason"] = fake.job_fails
+        links = None
         if state == "completed" and job.empty_answers:
             job.empty_answers -= 1
         elif state == "completed":
-            expires = int(fake.clock() + fake.link_seconds)
-            answer["download_urls"] = [
-                f"{fake.store_url}/{job_id}/data_{number}.csv.gz"
-                f"?expires={expires}&signature={uuid.uuid4().hex}SIGNED"
-                for number in range(len(fake.part_answers(job)))
-            ]
+            query = f"expires={int(fake.clock() + fake.link_seconds)}&signature={uuid.uuid4().hex}"
+            part = f"{fake.store_url}/{job_id}/data_{{}}.csv.gz?{query}SIGNED"
+            links = [part.format(number) for number in range(len(fake.part_answers(job)))]
+        answer = {"usage_export_job_id": job_id, "state": state, "download_urls": links}
+        if state == "failed":
+            answer["error_reason"] = fake.job_fails
         return in_json(answer)
 
 

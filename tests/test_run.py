@@ -181,30 +181,6 @@ def test_after_a_signal_the_next_run_resumes(
     assert len(fake.requests("POST")) == 1
 
 
-LOSE_CTRL_C = """
-import signal, sys
-class Lost:
-    def __del__(self):
-        signal.raise_signal(signal.SIGINT)
-def audit(event, arguments):
-    if event == "open" and str(arguments[0]).endswith("lock"):
-        Lost()
-sys.addaudithook(audit)
-"""
-
-
-@POSIX
-def test_ctrl_c_works_after_python_has_lost_one(fast, fast_fake, output, tmp_path):
-    """Python ignores what is raised in a destructor, such as those of urllib3."""
-    (tmp_path / "sitecustomize.py").write_text(LOSE_CTRL_C)
-    child = fast.start(fast_fake, "--output-dir", output, PYTHONPATH=str(tmp_path))
-    while not fast_fake.jobs and child.poll() is None:
-        REAL_SLEEP(0.005)
-    REAL_SLEEP(0.1)
-    child.send_signal(CTRL_C)
-    assert wait_for_exit(child).code == 130
-
-
 @POSIX
 def test_ctrl_c_during_the_summary_is_no_failure(fast, fast_fake, output):
     """The summary of 3,000 organizations fills the pipe, so it lasts until somebody reads it."""
