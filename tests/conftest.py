@@ -89,10 +89,13 @@ def run(
                 monkeypatch.setenv(name, settings[name])
         usage_report.log.filters.clear()  # of an earlier run, which would hide a leak
         capsys.readouterr()  # what a crashed run has left
+        handler = signal.getsignal(signal.SIGINT)
         try:
             code = usage_report.main(["--output-dir", str(output), *arguments])
         except SystemExit as exit:
             code = exit.code
+        finally:
+            signal.signal(signal.SIGINT, handler)  # A run ignores Ctrl-C while it publishes.
         return Result(code, *capsys.readouterr())
 
     return run
