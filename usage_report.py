@@ -1023,6 +1023,10 @@ def open_part(name: str, path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     except ReportError:
         path.unlink()
         raise
+    except csv.Error as error:  # such as a NUL byte, before Python 3.11
+        path.unlink()
+        text = f"{name} has a header or rows that are not CSV: {error}."
+        raise ReportError(f"{text} --raw writes rows as they are.") from None
 
 
 def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
