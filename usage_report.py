@@ -1391,10 +1391,10 @@ def show_summary(report: Path, requested: Mapping[str, str], started: float) -> 
     kinds = [row for row in usage.kinds.values() if row.credits]
     log.info("")
     show_table("KIND", [row for row in kinds if row.name != TOTAL])
-    log.info("")
-    if SEATS in [row.name for row in kinds]:
-        log.info("Projects without %s (25,000 a month per active user, on one job run):", SEATS)
     if TOTAL in usage.kinds:
+        log.info("")
+        if SEATS in [row.name for row in kinds]:
+            log.info("Projects without %s (25,000 a month per active user, on one job run):", SEATS)
         show_table("PROJECT", usage.projects.values(), MAX_PROJECTS)
     show_problems(usage)
     size = report.stat().st_size / 1_000_000
@@ -1464,10 +1464,10 @@ def run(args: argparse.Namespace) -> None:
     log.info("The report is complete:")
     sys.stdout.buffer.write(os.fsencode(f"{report}\n"))  # whatever the encoding of stdout
     sys.stdout.flush()
-    signal.signal(signal.SIGINT, ctrl_c)
     if args.quiet or args.raw:
         return
     try:
+        signal.signal(signal.SIGINT, ctrl_c)
         show_summary(report, organizations, started)
     except KeyboardInterrupt:
         log.info("The summary was interrupted. The report is complete.")
