@@ -237,7 +237,7 @@ def test_an_unknown_job_id_fails(fake, run, output):
 def test_what_can_still_be_collected_is_kept(
     fake, run, monkeypatch, output, changes, checks, code, kept
 ):
-    """The next run resumes it, or else requests the export anew."""
+    """The next run resumes it, or else requests a new export."""
     with monkeypatch.context() as patch:
         for name, value in changes.items():
             patch.setattr(fake, name, value)
