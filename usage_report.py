@@ -977,6 +977,7 @@ def download_part(name: str, link: str, path: Path) -> None:
             raise NotFinished(f"{name}: the download link has expired.")
         if status != 200:
             raise status_error(response, f"{name} failed with {status}.")
+        response.raw.enforce_content_length = True  # urllib3 1.26 does not check the length
         try:
             with new_file(path) as file:
                 for block in response.raw.stream(BLOCK, decode_content=False):
