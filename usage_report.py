@@ -1124,9 +1124,10 @@ def convert_bare(block: bytes, width: int) -> bytes:
 
     A block like a,"x,y",b of the header's width is plain CSV already."""
     without_missing = block
-    for _ in range(2):  # Neighbors share a comma.
-        without_missing = without_missing.replace(b",\\\\N,", b",,")
-        without_missing = without_missing.replace(b",\\N,", b",,")
+    for missing in (rb",\\N,", rb",\N,"):
+        if b"\\" in without_missing:
+            for _ in range(2):  # Neighbors share a comma.
+                without_missing = without_missing.replace(missing, b",,")
     if b"\\" not in without_missing and b'"' not in without_missing:
         return without_missing
     line_end = "\r\n" if b"\r" in block else "\n"
@@ -1287,17 +1288,10 @@ def split_rows(block: bytes, width: int) -> list[list[bytes]]:
             contents = b",".join([b",".join(cells) for cells in rows])
             if b'"' in contents.replace(b'""', b""):
                 rows = []
-    if {len(cells) for cells in rows} == {width}:
-        return rows
-    return list(read_rows(block))
-
-
-def read_rows(block: bytes) -> Iterator[list[bytes]]:
-    """The same as split_rows, by the csv module."""
-    for row in csv.reader(text_lines(block)):
-        if row:
-            cells = [cell.replace('"', '""') for cell in row]
-            yield [cell.encode("utf-8", "surrogateescape") for cell in cells]
+    if {len(cells) for cells in rows} != {width}:
+        reader = csv.reader(text_lines(block))
+        rows = [[cell.encode("utf-8", "surrogateescape") for cell in row] for row in reader if row]
+    return rows
 
 
 def count_usage(report: Path) -> Usage:
