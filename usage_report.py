@@ -12,10 +12,10 @@ A run
 If a run is interrupted, the same command resumes it.
 
 exit codes:
-  0    the report is published, or the dry run is done
+  0    the report is complete, or the dry run is done
   1    failed: read the message before you run the command again
   2    a setting or an argument is invalid
-  3    no usage in that window
+  3    no usage in the window
   75   not finished: run the same command again
   130  interrupted by Ctrl-C: run the same command again
 """
@@ -57,7 +57,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 if sys.version_info < (3, 9):
     sys.exit("usage_report.py needs Python 3.9 or newer.")
 
-warnings.filterwarnings("ignore", module="urllib3")  # About the SSL library of macOS.
+warnings.filterwarnings("ignore", module="urllib3")  # about the macOS SSL library
 try:
     import requests
     import urllib3
@@ -66,7 +66,7 @@ try:
     from requests.exceptions import ProxyError, RequestException, SSLError, Timeout
 except ImportError as missing:
     setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
-    sys.exit(f"{missing}. Run this script with .venv/bin/python. Not set up yet? {setup}")
+    sys.exit(f"{missing}. Run this script with .venv/bin/python. Not set up yet? Run: {setup}")
 
 if sys.platform == "win32":
     import msvcrt
@@ -78,40 +78,42 @@ T = TypeVar("T")
 
 # --- Facts about the Usage API (from CircleCI's OpenAPI description unless noted otherwise) ---
 
+# The longest window and the earliest start. Some of CircleCI's texts say 31 days and a year.
 MAX_WINDOW_DAYS = 32
 HISTORY_MONTHS = 13
-CHECKS_PER_HOUR = 10  # GETs per organization; POSTs have the same limit
-QUERY_LIMIT = 4 * 3600  # seconds that an export may take
+# GETs an hour for each organization, and POSTs.
+MAX_REQUESTS = 10
+EXPORT_LIMIT = 4 * 3600  # seconds that an export may take
 # Yesterday's usage is complete "typically 08:00-10:00 UTC" (CircleCI staff).
 REFRESH_HOUR = 10
-JOB_ID = re.compile(r"[A-Za-z0-9_-]+")  # today a Snowflake query ID, in a UUID's form
+JOB_ID = re.compile(r"[A-Za-z0-9_-]+")  # today a Snowflake query ID, in UUID form
 API_TIME = "%Y-%m-%dT%H:%M:%SZ"
 CLOUD_URL = "https://circleci.com"
-# The token is sent unencrypted over loopback only.
+# The token is sent unencrypted only over loopback.
 BASE_URL = re.compile(r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\]))(:[0-9]+)?/?")
 
-# --- Choices of this script (times in seconds, sizes in bytes) ---
+# --- This script's choices (times in seconds, sizes in bytes) ---
 
-HOUR = 3600
-FIRST_CHECK = 15
-CHECK_INTERVAL = HOUR / CHECKS_PER_HOUR  # after the first hour
-# Checks are due 15, 26, 45, 78, 135, 233, 403, 697, 1207, and 2089 s after the request. With the
-# same growth, the eleventh is due an hour after the first.
-CHECK_GROWTH: float = ((FIRST_CHECK + HOUR) / FIRST_CHECK) ** (1 / CHECKS_PER_HOUR)
-MARGIN = 15 * 60  # how long to wait for a job beyond CircleCI's limit
+# The ages at which a job is checked in its first hour, a geometric series: so the delay in noticing
+# that a job is completed is in proportion to the time that the job has taken.
+CHECK_AGES = (15, 26, 45, 78, 135, 233, 403, 697, 1207, 2089)
+CHECK_INTERVAL = 3600 // MAX_REQUESTS  # after the first hour
+MIN_WAIT = 3600  # for a job, in each run, however old the job is
+MARGIN = 15 * 60  # how long to wait beyond these limits
 MAX_FAILED_CHECKS = 5  # in a row
-MAX_EMPTY_ANSWERS = 3  # answers that say "completed" and have no links
+MAX_EMPTY_RESPONSES = 3  # that say "completed" and have no links
 RETRY_PAUSES = (1, 2, 4, 8, 16)
-POST_PAUSE = 15  # before a POST without an answer is repeated
+POST_PAUSE = 15  # before a POST without a response is retried
 TIMEOUTS = (10, 60)  # to connect, and between two reads
-BLOCK = 1 << 18
-MAX_TEXT = 300  # characters shown of a text that others wrote
+BLOCK = 1 << 17
+MAX_TEXT = 300  # characters shown of text from outside
 
 SCRIPT_FOLDER = Path(__file__).resolve().parent
 USER_AGENT = f"circleci-usage-report/{__version__}"
 PLACEHOLDER = "your-personal-api-token"  # CIRCLE_TOKEN in .env.example
 EXAMPLE_ID = "b9291e0d-a11e-41fb-8517-c545388b5953"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DOWNLOADED_AGAIN = "The next run downloads it again."
 
 
 # --- Errors: each class has one meaning and one exit code ---
@@ -135,13 +137,13 @@ class NothingToCollect(ReportError):
 
 
 class NoUsage(NothingToCollect):
-    """The export is completed and has no rows."""
+    """The export has no rows."""
 
     exit_code = 3
 
 
 class NotFinished(ReportError):
-    """Nothing is lost: the same command resumes."""
+    """Nothing is lost: the same command resumes the run."""
 
     exit_code = 75
     advice = "Run the same command again."
@@ -152,37 +154,39 @@ class TemporaryError(NotFinished):
 
 
 class RateLimited(TemporaryError):
-    """CircleCI refuses requests for some seconds (429)."""
+    """CircleCI rejects requests for a while (429)."""
 
     def __init__(self, text: str, seconds: float) -> None:
         super().__init__(text)
         self.seconds = seconds
 
 
-class UnexpectedAnswer(TemporaryError):
-    """An answer with status 200 is not what the API sends. A proxy may have sent it."""
+class UnexpectedResponse(TemporaryError):
+    """A response is not what the API sends: a proxy may have sent it. It is worth a retry, but if
+    all retries fail, so has the run."""
 
     exit_code = 1
     advice = ""
 
 
 class NotFound(ReportError):
-    """404: an ID is wrong, or the owner of the token may not see it."""
+    """404: an ID is wrong, or the token's owner cannot see it."""
 
 
 class MayHaveStarted(ReportError):
-    """A POST got no clear answer. It may have started an export job."""
+    """A POST got no clear response. It may have started an export job."""
 
-    advice = "Running again uses another of your 10 exports an hour."
+    advice = "You can run it again: the limit is 10 exports an hour."
 
 
 # --- Text and progress ---
 
 log = logging.getLogger("usage_report")
 
-# Log levels of the live line: on a terminal, the next message replaces it.
+# Log levels of what is going on now. On a terminal, the next message replaces it. Elsewhere, LIVE
+# is a line like any other, and TICK is not shown.
 LIVE = logging.INFO + 1
-TICK = logging.INFO - 1  # shown on a terminal only
+TICK = logging.INFO - 1
 
 PREFIXES = {logging.WARNING: "notice: ", logging.ERROR: "error: "}
 
@@ -203,7 +207,7 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
         if self.terminal:
             if live:
                 columns = os.get_terminal_size(self.stream.fileno()).columns or 80
-                text = text[: columns - 3] + "  "  # room for the ^C of Ctrl-C
+                text = text[: columns - 1]
             overwrite = "\r" if self.live_width else ""
             line_end = "" if live else "\n"
             self.stream.write(overwrite + text.ljust(self.live_width) + line_end)
@@ -215,7 +219,7 @@ class Console(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class SecretFilter(logging.Filter):
-    """Masks the token and the query part of signed URLs in every message."""
+    """Masks the token, and the query part of signed URLs, in every message."""
 
     def __init__(self, token: str) -> None:
         super().__init__()
@@ -229,8 +233,8 @@ class SecretFilter(logging.Filter):
 
 
 def clean(text: object) -> str:
-    """Text from outside, on one line, without control characters, and not too long. Whole words
-    are dropped, because a part of a token could not be masked."""
+    """Text from outside, on one line, without control characters, and not too long. It is cut
+    between words, because SecretFilter would not know half a token."""
     line = textwrap.shorten(str(text), MAX_TEXT, placeholder="...", break_on_hyphens=False)
     return "".join(character for character in line if character.isprintable())
 
@@ -274,11 +278,11 @@ class Window(NamedTuple):
 class Settings:
     token: str
     token_source: str  # "the environment", or the path of .env
-    primary_id: str | None  # organization ID; None: ask the user
-    shared_ids: list[str]  # organization IDs; empty: ask CircleCI
+    primary_id: str | None  # an organization; if None, the run ends with a list to choose from
+    shared_ids: list[str]  # organizations; if empty, CircleCI is asked for them
     base_url: str
     output: Path
-    job_id: str | None  # of an export job that exists already
+    job_id: str | None  # of an export job that already exists
     window: Window | None  # None with a job ID
 
     @property
@@ -306,7 +310,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--job-id", help="collect an export that already exists")
     add("--dry-run", action="store_true", help="show the request and stop before it is sent")
     volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-q", "--quiet", action="store_true", help="show nothing but errors")
+    volume.add_argument("-q", "--quiet", action="store_true", help="show only errors and the path")
     volume.add_argument("-v", "--verbose", action="store_true", help="show each API request")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser.parse_args(argv)
@@ -315,7 +319,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def load_settings(args: argparse.Namespace) -> Settings:
     """All settings, validated. Creates the output folder. Raises InvalidSetting."""
     env_file = Path(args.env_file or SCRIPT_FOLDER / ".env").absolute()
-    in_file: Mapping[str, Any] = {}
+    in_file: dict[str, str] = {}
     if args.env_file or env_file.exists():
         in_file = read_env_file(env_file)
     values = {}
@@ -328,15 +332,16 @@ def load_settings(args: argparse.Namespace) -> Settings:
             sources[name] = str(env_file)
     token = values["CIRCLE_TOKEN"]
     token_source = sources["CIRCLE_TOKEN"]
-    if token == PLACEHOLDER or not re.fullmatch("[!-~]+", token):
-        hint = "Create one (CCIPAT_...) in CircleCI, under User Settings > Personal API Tokens."
+    printable_ascii = "[!-~]+"
+    if token == PLACEHOLDER or not re.fullmatch(printable_ascii, token):
+        hint = "Create a token (CCIPAT_...) in CircleCI: User Settings > Personal API Tokens."
         raise InvalidSetting(f"CIRCLE_TOKEN in {token_source} is missing or invalid. {hint}")
-    primary_ids = check_ids("PRIMARY_ORG_ID", values["PRIMARY_ORG_ID"])
+    primary_ids = parse_ids("PRIMARY_ORG_ID", values["PRIMARY_ORG_ID"])
     if len(primary_ids) > 1:
         raise InvalidSetting(f"PRIMARY_ORG_ID must be a single UUID such as {EXAMPLE_ID}.")
     base_url = values["CIRCLECI_BASE_URL"] or CLOUD_URL
     if not BASE_URL.fullmatch(base_url):
-        hint = f"an https:// URL without a path, such as {CLOUD_URL}"
+        hint = f"an https:// URL such as {CLOUD_URL}, without a path"
         raise InvalidSetting(f"CIRCLECI_BASE_URL must be {hint}.")
     if args.job_id and not JOB_ID.fullmatch(args.job_id):
         raise InvalidSetting(f"--job-id must be an ID such as {EXAMPLE_ID}.")
@@ -344,7 +349,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
         token=token,
         token_source=token_source,
         primary_id=primary_ids[0] if primary_ids else None,
-        shared_ids=check_ids("SHARED_ORG_IDS", values["SHARED_ORG_IDS"]),
+        shared_ids=parse_ids("SHARED_ORG_IDS", values["SHARED_ORG_IDS"]),
         base_url=base_url.rstrip("/"),
         output=prepare_output_folder(args.output_dir),
         job_id=args.job_id or None,
@@ -352,30 +357,31 @@ def load_settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def read_env_file(path: Path) -> Mapping[str, Any]:
-    """The variables of a .env file. Raises InvalidSetting if a line is not a setting: a list of
-    organizations on two lines would lose those on the second."""
+def read_env_file(path: Path) -> dict[str, str]:
+    """The variables of a .env file. Raises InvalidSetting if a line is not a setting: python-dotenv
+    alone would skip the second line of a list of organizations, and only log it."""
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        hint = "Name a UTF-8 file, such as --env-file /etc/circleci.env."
+        hint = "Use a UTF-8 file, as in --env-file /etc/circleci.env."
         raise InvalidSetting(f"Cannot read {path}: {clean(error)}. {hint}") from None
     for binding in parse_stream(io.StringIO(text)):
         has_no_value = binding.key is not None and binding.value is None
         if binding.error or has_no_value:
-            hint = f"Write NAME=value on one line, such as PRIMARY_ORG_ID={EXAMPLE_ID}."
+            hint = f"Write NAME=value on one line, as in PRIMARY_ORG_ID={EXAMPLE_ID}."
             raise InvalidSetting(f"{path} is invalid near line {binding.original.line}. {hint}")
-    return dotenv_values(stream=io.StringIO(text), interpolate=False)
+    values = dotenv_values(stream=io.StringIO(text), interpolate=False)
+    return {name: value or "" for name, value in values.items()}
 
 
-def check_ids(name: str, value: str) -> list[str]:
-    """The organization IDs of a variable, in canonical form."""
+def parse_ids(name: str, value: str) -> list[str]:
+    """The organization IDs in a variable, in canonical form."""
     texts = value.replace(",", " ").split()
     try:
         return [str(uuid.UUID(text)) for text in texts]
     except ValueError:
-        hint = "CircleCI shows it under Organization Settings > Overview."
-        text = f"{name} must be a UUID such as {EXAMPLE_ID}, not a name or slug. {hint}"
+        hint = "Find them under Organization Settings > Overview."
+        text = f"{name} takes UUIDs such as {EXAMPLE_ID}, not names or slugs. {hint}"
         raise InvalidSetting(text) from None
 
 
@@ -388,14 +394,14 @@ def prepare_output_folder(output_dir: str | None) -> Path:
             return folder
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise
-        hint = "Name another folder, such as --output-dir reports."
+            raise  # not a setting: main() knows what to do
+        hint = "Choose another folder, as in --output-dir reports."
         raise InvalidSetting(f"Cannot write to {folder}: {error.strerror}. {hint}") from None
 
 
 def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> Window:
-    """The window that the flags or variables ask for, cut to completed days. Raises
-    InvalidSetting, with a window that is valid today."""
+    """The window that the flags or variables ask for, cut to complete days. Raises InvalidSetting,
+    which suggests a window that is valid today."""
     now = datetime.fromtimestamp(time.time(), timezone.utc)
     name = "START_DATE to END_DATE (or --start to --end)"
     start = args.start or values["START_DATE"]
@@ -408,15 +414,15 @@ def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> Window
             start, end = period_days(args.period, now.date())
         start_time = parse_time("START_DATE (or --start)", start, "T00:00:00Z")
         end_time = parse_time("END_DATE (or --end)", end, "T23:59:59Z")
-        return check_window(name, Window(start_time, end_time), now)
+        return cut_window(name, Window(start_time, end_time), now)
     except ValueError as error:
         first, last = period_days("last-month", now.date())
-        hint = f"Use --period last-month, or --start {first} --end {last}."
+        hint = f"Try --period last-month, or --start {first} --end {last}."
         raise InvalidSetting(f"{error} {hint}") from None
 
 
 def period_days(period: str, today: date) -> tuple[str, str]:
-    """First and last UTC day of a --period, none later than yesterday. Raises ValueError."""
+    """First and last UTC day of a --period, the last one cut to yesterday. Raises ValueError."""
     yesterday = today - timedelta(days=1)
     if period == "yesterday":
         return str(yesterday), str(yesterday)
@@ -450,11 +456,11 @@ def parse_time(name: str, text: str, time_of_day: str) -> datetime:
             return moment
     except ValueError:
         pass
-    raise ValueError(f"{name} must be a date, as YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ.")
+    raise ValueError(f"{name} must be a date: YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ.")
 
 
-def check_window(name: str, window: Window, now: datetime) -> Window:
-    """The window, cut to completed days. `name` tells where it is set. Raises ValueError.
+def cut_window(name: str, window: Window, now: datetime) -> Window:
+    """The window, cut to complete days. `name` tells where it is set. Raises ValueError.
 
     CircleCI has the usage through the previous UTC day (its changelog)."""
     start, end = window
@@ -465,7 +471,7 @@ def check_window(name: str, window: Window, now: datetime) -> Window:
     if start >= end:
         raise ValueError(f"{name}: the start must be before the end.")
     if end > latest:
-        log.warning("CircleCI has usage through yesterday: the window ends on %s", latest.date())
+        log.warning("The window now ends on %s: CircleCI has no later usage", latest.date())
         end = latest
     if end - start > timedelta(days=MAX_WINDOW_DAYS):
         raise ValueError(f"{name} is longer than {MAX_WINDOW_DAYS} days.")
@@ -473,27 +479,27 @@ def check_window(name: str, window: Window, now: datetime) -> Window:
     if months > HISTORY_MONTHS or (months == HISTORY_MONTHS and start.day < now.day):
         raise ValueError(f"{name} starts more than {HISTORY_MONTHS} months ago.")
     if end.date() == latest.date() and now.hour < REFRESH_HOUR:
-        log.warning("Usage of %s is complete at about %d:00 UTC", end.date(), REFRESH_HOUR)
+        log.warning("Usage for %s is incomplete until about %d:00 UTC", end.date(), REFRESH_HOUR)
     return Window(start, end)
 
 
 # --- Requests ---
 
-# Raised when the JSON of an answer has an unexpected form.
-FORM_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
+# Raised when a response is not JSON, or its JSON is not what the API documents.
+JSON_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
 
 def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
-    """Send one request. `what` names it in messages. Raises TemporaryError if there is no answer,
-    ReportError if a setting of requests is wrong."""
+    """Send one request. `what` names it in messages. Raises TemporaryError if there is no response,
+    ReportError if a setting of the network is wrong."""
     try:
         return requests.request(
             method,
             url,
             timeout=TIMEOUTS,
             allow_redirects=False,
-            auth=lambda request: request,  # none; requests would look into ~/.netrc
-            proxies={"http": ""},  # http is for loopback: a proxy would see the token
+            auth=lambda request: request,  # Otherwise, requests adds a login from ~/.netrc.
+            proxies={"http": ""},  # http is for loopback. A proxy would see the token.
             **options,
         )
     except ProxyError:
@@ -502,19 +508,19 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
         reason = "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE."
     except Timeout:
         reason = "the connection timed out. Check the network and HTTPS_PROXY."
-    except ValueError:
+    except ValueError:  # InvalidURL
         text = f"{what} failed: invalid URL. Check CIRCLECI_BASE_URL and HTTPS_PROXY."
         raise ReportError(text) from None
     except RequestException:
-        reason = "no connection, or it was lost. Check the network."
-    except OSError:  # raised by requests itself, not one of its classes
+        reason = "the connection failed or was lost. Check the network."
+    except OSError:  # which requests raises for this alone
         text = f"{what} failed: the CA bundle is missing. Check REQUESTS_CA_BUNDLE."
         raise ReportError(text) from None
     raise TemporaryError(f"{what} failed: {reason}")
 
 
 def status_error(response: requests.Response, text: str) -> ReportError:
-    """The error to raise for an answer with a bad status."""
+    """The error to raise for a response with a bad status."""
     status = response.status_code
     if status == 429:
         return RateLimited(text, rate_limit_seconds(response))
@@ -548,11 +554,11 @@ def call_api(
     parse: Callable[[Any], T],
     body: object = None,
 ) -> T:
-    """Send one request with the token. Returns what `parse` makes of the JSON of the answer.
+    """Send one request with the token. Returns what `parse` makes of the JSON in the response.
 
-    Raises NotFound, RateLimited, TemporaryError, or ReportError by the status, and
-    UnexpectedAnswer if the answer is not JSON or `parse` fails. Follows no redirects: the token
-    goes to the host of the base URL alone."""
+    Raises NotFound, RateLimited, TemporaryError, or ReportError, as the status says, and
+    UnexpectedResponse if there is no JSON or `parse` fails. Follows no redirects: the token goes
+    only to the host of the base URL."""
     url = settings.base_url + path
     what = f"{method} {url}"
     headers = {"Circle-Token": settings.token, "User-Agent": USER_AGENT}
@@ -564,46 +570,44 @@ def call_api(
         raise status_error(response, f"{what} failed with {status}: {problem}")
     try:
         return parse(response.json())
-    except FORM_ERRORS:
+    except JSON_ERRORS:
         text = f"{what} returned something other than the API's JSON."
-        raise UnexpectedAnswer(f"{text} Check for a proxy or a login page.") from None
+        raise UnexpectedResponse(f"{text} Check for a proxy or a login page.") from None
 
 
 def describe_problem(settings: Settings, method: str, response: requests.Response) -> str:
-    """The API's own words on an error, and what to do next."""
+    """The API's own message on an error, and what to do next."""
     try:
         message = clean(response.json()["message"]).rstrip(".")
-    except FORM_ERRORS:
+    except JSON_ERRORS:
         message = clean(response.reason or "no message")
     status = response.status_code
     advice = ""
     if (method, status) == ("POST", 400):
         advice = (
-            "CircleCI may refuse more than 31 days, a start more than a year ago, or an end in "
+            "CircleCI may reject more than 31 days, a start more than a year ago, or an end in "
             "the future. Check the window and this computer's clock."
         )
     elif status == 401:
         advice = f"CIRCLE_TOKEN in {settings.token_source} is invalid or has expired: replace it."
     elif status == 403:
-        advice = "Use the token of an organization admin."
+        advice = "The token's owner must be an organization admin."
     elif status == 404:
         ids = [settings.primary_id, *settings.shared_ids, settings.job_id]
         used = ", ".join(used_id for used_id in ids if used_id)
-        advice = f"Check these IDs: {used}. The token's owner must be an admin there."
+        advice = f"Check these IDs: {used}. The token's owner must be an organization admin."
     return f"{message}. {advice}".strip()
 
 
 def retry(action: Callable[..., T], *arguments: Any) -> T:
-    """What action(*arguments) returns. Repeats it after a TemporaryError, up to five times."""
+    """What action(*arguments) returns. Retries it after a TemporaryError, up to five times."""
     for number, seconds in enumerate(RETRY_PAUSES, 1):
-        wait: float = seconds
         try:
             return action(*arguments)
         except TemporaryError as error:
             if number == 1:
                 log.warning("%s", error)
-            if isinstance(error, RateLimited):
-                wait = error.seconds
+            wait = error.seconds if isinstance(error, RateLimited) else seconds
         pause(wait, f"Retry {number} of {len(RETRY_PAUSES)}")
     return action(*arguments)
 
@@ -611,35 +615,35 @@ def retry(action: Callable[..., T], *arguments: Any) -> T:
 # --- Organizations ---
 
 
-def parse_owner(answer: Any) -> str:
+def parse_owner(content: Any) -> str:
     """Name and login of the token's owner, where given."""
-    names = [answer.get("name"), answer.get("login")]
+    names = [content.get("name"), content.get("login")]
     return clean(", ".join(name for name in names if name))
 
 
-def parse_choices(answer: Any) -> list[str]:
+def parse_choices(content: Any) -> list[str]:
     """A line with ID, slug, and name for each organization that has an ID."""
     lines = []
-    for entry in answer:
+    for entry in content:
         if entry["id"]:
             cells = [clean(entry[key]) for key in ("id", "slug", "name")]
             lines.append("  ".join(cells))
     return lines
 
 
-def ask_for_primary(settings: Settings) -> NoReturn:
+def list_choices(settings: Settings) -> NoReturn:
     """Raise InvalidSetting with the organizations to choose PRIMARY_ORG_ID from."""
     choices = retry(call_api, settings, "GET", "/api/v2/me/collaborations", parse_choices)
-    question = "PRIMARY_ORG_ID is not set. Set it to the ID of the organization that owns the plan:"
-    raise InvalidSetting("\n".join([question, *choices]))
+    intro = "PRIMARY_ORG_ID is not set. Set it to the ID of the organization that owns the plan:"
+    raise InvalidSetting("\n".join([intro, *choices]))
 
 
-def parse_organizations(answer: Any) -> dict[str, str]:
+def parse_organizations(content: Any) -> dict[str, str]:
     """Names by ID."""
     names = {}
-    if not isinstance(answer["orgs"], list):
+    if not isinstance(content["orgs"], list):
         raise TypeError
-    for organization in answer["orgs"]:
+    for organization in content["orgs"]:
         organization_id = str(uuid.UUID(organization["id"]))
         names[organization_id] = clean(organization.get("name") or "")
     return names
@@ -648,30 +652,30 @@ def parse_organizations(answer: Any) -> dict[str, str]:
 def find_organizations(settings: Settings) -> dict[str, str]:
     """The names by ID of all organizations on the plan, the primary first.
 
-    The endpoint is undocumented (seen in public code). An unclear answer ends the run, because a
-    report on the primary alone could pass for the whole plan."""
+    The endpoint is undocumented (seen in public code). If it fails, the run ends, because a report
+    on the primary alone could pass for the whole plan."""
     names = dict.fromkeys(settings.shared_ids, "")
     if not names:
         path = f"/private/orgs/{settings.primary_id}/plan/shares-for"
         try:
             names = retry(call_api, settings, "GET", path, parse_organizations)
         except ReportError as error:
-            workaround = "Workaround: list the organizations' IDs in SHARED_ORG_IDS."
+            workaround = "Workaround: list the organization IDs in SHARED_ORG_IDS."
             error.args = (f"{error} {workaround}",)
-            raise
+            raise  # the same error, because its class decides the exit code
         if not names:
-            log.warning("The plan is not shared. The report covers only the primary organization")
+            log.warning("The plan is not shared: the report covers only the primary organization")
     return {str(settings.primary_id): "", **names}
 
 
 def show_request(settings: Settings, organizations: Mapping[str, str]) -> None:
     if settings.base_url != CLOUD_URL:
-        log.warning("%s: the Usage API exists in CircleCI Cloud only", settings.base_url)
+        log.warning("%s: the Usage API works in CircleCI Cloud only", settings.base_url)
     if settings.window is None:
         log.info("Collecting export job %s", settings.job_id)
         return
     start, end = settings.window
-    log.info("Usage from %s to %s (UTC) of these organizations:", start.date(), end.date())
+    log.info("Usage from %s to %s (UTC) for these organizations:", start.date(), end.date())
     for organization_id, name in organizations.items():
         log.info("%s  %s", organization_id, name)
 
@@ -704,7 +708,10 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-# --- The export job: all that the next run must know is in the export's folder ---
+# --- The export job ---
+
+# All that the next run must know is in the export's folder: job.json, with the job ID and the time
+# of the request, and the complete parts. A folder without job.json has nothing to resume.
 
 JOB_FILE = "job.json"
 MERGED_FILE = "merged.csv"
@@ -728,8 +735,8 @@ def export_folder(settings: Settings, organizations: Iterable[str]) -> Path:
 
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Lock the export's folder for this run. Afterwards, it stays only if it holds a job that is
-    to be collected. Raises ReportError if another run has locked it."""
+    """Create and lock the export's folder for this run, and remove it if there is nothing to resume
+    afterward. Raises ReportError if another run has locked it."""
     folder.mkdir(exist_ok=True)
     flush_folder(folder.parent)
     lock_file = open(folder / "lock", "a")  # noqa: SIM115  (closed below)
@@ -758,14 +765,14 @@ def lock(file: IO[str]) -> None:
 
 
 def load_job(folder: Path) -> Job | None:
-    """The job that an earlier run has saved, if any. Raises ReportError if it cannot be read."""
+    """The job that an earlier run saved, if any. Raises ReportError if it cannot be read."""
     try:
         content = json.loads((folder / JOB_FILE).read_text("utf-8"))
         return Job(parse_job_id(content["job_id"]), float(content["requested_at"]))
     except FileNotFoundError:
         return None
-    except FORM_ERRORS:
-        text = f"Cannot read {folder / JOB_FILE}."
+    except JSON_ERRORS:
+        text = f"Cannot read {JOB_FILE} in {folder}."
         raise ReportError(f"{text} Remove that folder to request the export again.") from None
 
 
@@ -781,7 +788,7 @@ def parse_job_id(text: Any) -> str:
 
 
 def request_body(settings: Settings, organizations: Iterable[str]) -> dict[str, Any]:
-    """What the POST sends. The API refuses any other key."""
+    """What the POST sends. The API rejects any other key. Empty with a job ID: there is no POST."""
     if settings.window is None:
         return {}
     start, end = settings.window
@@ -796,9 +803,9 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
     """Start an export job and save its ID. Both run in a worker thread, so that Ctrl-C can wait
     for them.
 
-    A POST without a clear answer may have started a job, and the API does not list jobs. So it is
-    repeated only once. Raises MayHaveStarted after that."""
-    unclear_answers = 0
+    A POST without a clear response may have started a job, and the API does not list jobs. So the
+    POST is retried only once. Raises MayHaveStarted after that."""
+    unclear_responses = 0
     with ThreadPoolExecutor(1) as executor:
         while True:
             post = executor.submit(post_and_save, settings, body, folder)
@@ -806,31 +813,31 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
                 return post.result()
             except RateLimited as error:
                 log.warning("%s", error)
-                pause(error.seconds, "Next try")
+                pause(error.seconds, "Retry")
             except MayHaveStarted as error:
-                unclear_answers += 1
-                if unclear_answers == 2:
+                unclear_responses += 1
+                if unclear_responses == 2:
                     raise
                 log.warning("%s", error)
                 pause(POST_PAUSE, "Second and final attempt")
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # during post.result()
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
-                log.warning("Waiting for CircleCI's answer, so that the job ID is not lost")
-                post.result()  # Raises ReportError if there is no job to resume.
+                log.warning("Waiting for CircleCI's response, so that the job ID is not lost")
+                post.result()  # If the POST failed, this raises its error instead.
                 raise
 
 
 def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
     """Send one POST. When this returns, the job ID is on disk."""
 
-    def parse(answer: Any) -> str:
-        return parse_job_id(answer["usage_export_job_id"])
+    def parse(content: Any) -> str:
+        return parse_job_id(content["usage_export_job_id"])
 
     requested_at = time.time()
     try:
         job_id = call_api(settings, "POST", settings.jobs_path, parse, body)
     except RateLimited:
-        raise  # CircleCI has not started a job.
+        raise  # It has not started.
     except TemporaryError as error:
         raise MayHaveStarted(f"{error} CircleCI may have started an export job.") from None
     job = Job(job_id, requested_at)
@@ -846,46 +853,46 @@ def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job
 # --- Waiting for the job ---
 
 
-def next_check_age(age: float) -> float:
-    """At what age a job of this age is checked next, in seconds since the request.
+def next_check_age(age: int) -> int:
+    """The age at which a job of this age is checked next (both in seconds since the request).
 
-    The API grants 10 GETs an hour. The ages form a geometric series during the first hour, so that
-    the delay in noticing a completed job is proportional to its duration; after that, there is a
-    check every 6 minutes."""
-    due: float = FIRST_CHECK
-    while due < age + 1:  # A check that has just been made is not repeated.
-        if due < HOUR:
-            due *= CHECK_GROWTH
-        else:
-            due += CHECK_INTERVAL
+    The API grants 10 GETs an hour, so the eleventh check is due an hour after the first."""
+    for due in CHECK_AGES:
+        if due > age:
+            return due
+    due = CHECK_AGES[0] + 3600
+    while due <= age:
+        due += CHECK_INTERVAL
     return due
 
 
-def parse_job(answer: Any) -> tuple[str, list[str]]:
+def parse_job(content: Any) -> tuple[str, list[str]]:
     """State and download links of a job. Raises NothingToCollect if it failed."""
-    state = clean(answer["state"])
-    links = [link.strip() for link in answer.get("download_urls") or []]
+    state = clean(content["state"])
+    links = [link.strip() for link in content.get("download_urls") or []]
     if state == "failed":
-        reason = clean(answer.get("error_reason") or "no reason given").rstrip(".")
+        reason = clean(content.get("error_reason") or "no reason given").rstrip(".")
         hint = "Try a shorter window or fewer organizations (SHARED_ORG_IDS)."
         raise NothingToCollect(f"The export job failed: {reason}. {hint}")
     return state, links
 
 
 def wait_for_links(settings: Settings, job: Job) -> list[str]:
-    """The download links of the completed job, in order.
+    """The job's download links, in order. There are none until it is completed.
 
-    Raises NotFinished if it takes too long, NoUsage if it has no links, NothingToCollect if it
-    failed or CircleCI does not know it, and the last error if checks fail repeatedly."""
+    Raises NotFinished if it takes too long, NoUsage if it is completed without links,
+    NothingToCollect if it failed or CircleCI does not know it, and the last error if checks fail
+    repeatedly."""
     path = f"{settings.jobs_path}/{job.job_id}"
-    give_up_at = max(job.requested_at + QUERY_LIMIT, time.time() + HOUR) + MARGIN
-    next_check = job.requested_at + FIRST_CHECK  # past if this run resumes: checks at once
+    give_up_at = max(job.requested_at + EXPORT_LIMIT, time.time() + MIN_WAIT) + MARGIN
+    next_check = job.requested_at + CHECK_AGES[0]  # If that is past, checks at once.
     state = "requested"
-    empty_answers = 0
+    empty_responses = 0
     failures: list[ReportError] = []  # in a row
     while next_check < give_up_at:
         pause(next_check - time.time(), f"Export job: {state}. Next check")
-        next_check = job.requested_at + next_check_age(time.time() - job.requested_at)
+        age = round(time.time() - job.requested_at)
+        next_check = job.requested_at + next_check_age(age)
         try:
             state, links = call_api(settings, "GET", path, parse_job)
         except RateLimited as error:
@@ -901,9 +908,9 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
             if links:
                 return links
             if state == "completed":
-                empty_answers += 1
-            if empty_answers == MAX_EMPTY_ANSWERS:
-                raise NoUsage("The export is completed and has no files: no usage in that window.")
+                empty_responses += 1
+            if empty_responses == MAX_EMPTY_RESPONSES:
+                raise NoUsage("No usage in that window: the export has no files. Check the dates.")
     raise NotFinished(f"Export job {job.job_id} is not finished (state: {state}).")
 
 
@@ -912,7 +919,7 @@ def final_error(failures: Sequence[ReportError]) -> ReportError:
     collect."""
     last = failures[-1]
     if all(isinstance(error, NotFound) for error in failures):
-        return NothingToCollect(f"{last} A run without --job-id requests a new export.")
+        return NothingToCollect(f"{last} Run without --job-id to request a new export.")
     return last
 
 
@@ -943,7 +950,7 @@ def download_part(name: str, link: str, path: Path) -> None:
         if status in (401, 403):
             raise NotFinished(f"{name}: the download link has expired.")
         if status != 200:
-            raise status_error(response, f"{name} failed with {status}.")
+            raise status_error(response, f"{name}: the download failed with {status}.")
         response.raw.enforce_content_length = True  # urllib3 1.26 does not check the length
         try:
             with new_file(path) as file:
@@ -951,25 +958,32 @@ def download_part(name: str, link: str, path: Path) -> None:
                     file.write(block)
                     log.log(TICK, "%s: %.1f MB", name, file.tell() / 1_000_000)
         except urllib3.exceptions.HTTPError:
-            raise TemporaryError(f"{name} failed: the connection was lost.") from None
+            raise TemporaryError(f"{name}: the connection was lost.") from None
 
 
 # --- Merging the parts: the header once, then every row of every part ---
 
-# Rows are converted in blocks that end where a row ends. In a usual block, emptying the missing
+# CircleCI writes a part in one of two dialects. Its first byte tells which:
+#
+#            first byte   name with a comma   name with a quote   missing value
+#   quoted   a quote      "x,y"               "x""y"              "\N"
+#   bare     another      x\,y                x"y                 \N or \\N
+#
+# The report is plain CSV (RFC 4180), where a missing value is an empty cell. So a quoted part is
+# plain CSV already, but for its missing values.
+#
+# Rows are converted in blocks that end where a row ends. In a typical block, emptying the missing
 # values is all there is to do, and operations on the whole block do that 10 times faster than the
 # csv module. All other blocks go through the csv module.
 
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
-MAX_ROW_LINES = 1000  # a row with more lines may be split between two blocks
-MAX_NAMED_ROWS = 3  # rows with a wrong number of cells that are named, per part
+MAX_ROW_LINES = 1000  # so that a quote that is never closed does not make the rest one row
+MAX_NAMED_ROWS = 3  # rows with the wrong number of cells that are named, per part
 DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
 COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*")
-NOT_SEPARATORS = bytes(set(range(256)) - set(b'",\n'))
-
-# Cells that are a missing value, with the comma before it: "\N" in the quoted dialect, \N (or \\N)
-# in the bare one.
+ALL_BUT_SEPARATORS = bytes(set(range(256)) - set(b'",\n'))
+# A missing value, and the comma or the start of the line before it.
 QUOTED_MISSING = re.compile(rb'(?m)(^|,)"\\N"(?=,|\r?$)')
 BARE_MISSING = re.compile(rb"(?m)(^|,)\\N(?=,|\r?$)")
 csv.field_size_limit(1 << 30)  # The csv module refuses cells over 128 kB by default.
@@ -987,28 +1001,32 @@ def open_part(name: str, path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
                 yield file
     except DAMAGED_GZIP:
         path.unlink()
-        raise NotFinished(f"{name} is damaged. Only that part is downloaded again.") from None
-    except (ReportError, csv.Error):
+        raise NotFinished(f"{name} is damaged. A rerun downloads only that part.") from None
+    except ReportError:
         path.unlink()
         raise
+    except csv.Error as error:  # such as a NUL byte, before Python 3.11
+        path.unlink()
+        raise ReportError(f"{name} is not CSV: {error}. {DOWNLOADED_AGAIN}") from None
 
 
 def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
-    """Write the header and all rows of all parts to one file: as plain CSV (RFC 4180, UTF-8) or,
-    if `raw`, as they are.
+    """Write the header and all rows of all parts to one file: as plain CSV or, if `raw`, as they
+    are.
 
     Raises NoUsage if there are no rows, NotFinished for a damaged part, and ReportError for one
-    that is not CSV or has other columns."""
+    that is not CSV or has different columns."""
     columns: list[str] = []
     has_rows = False
     with new_file(merged) as target:
         for number, path in enumerate(parts, 1):
             name = f"Part {number}"
             with open_part(name, path) as part:
+                # Limited, because a web page may be one endless line.
                 first_line = complete_row(part, part.readline(BLOCK)).removeprefix(BOM)
                 if not first_line:
                     continue
-                cells = parse_first_line(first_line, len(columns))
+                cells = parse_first_line(first_line)
                 has_header = is_header(cells)
                 if has_header and not columns:
                     columns = cells
@@ -1016,24 +1034,24 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
                     if not first_line.endswith(b"\n"):
                         target.write(b"\n")
                 check_first_line(name, cells, columns)
-                start = b"" if has_header else first_line
-                blocks = read_blocks(part, start)
+                blocks = read_blocks(part, b"" if has_header else first_line)
                 if not raw:
                     quoted = first_line.startswith(b'"')
-                    first = 2 if has_header else 1
-                    blocks = convert_rows(name, blocks, first, quoted, len(columns))
+                    first_row = 2 if has_header else 1
+                    blocks = convert_rows(name, blocks, first_row, quoted, len(columns))
                 for block in blocks:
                     target.write(block)
                     has_rows = True
         if not has_rows:
-            raise NoUsage("The export has no rows: no usage in that window.")
+            raise NoUsage("No usage in that window: the export has no rows. Check the dates.")
 
 
-def parse_first_line(line: bytes, width: int) -> list[str]:
-    """The cells of the first line of a part, in either dialect. `width`: of the header, if any."""
-    if not line.startswith(b'"'):
-        line = convert_bare(line, width)
-    return next(csv.reader(text_lines(line)), [])
+def parse_first_line(line: bytes) -> list[str]:
+    """The cells of the first line of a part, in either dialect."""
+    rows = read_bare(line)
+    if line.startswith(b'"'):
+        rows = csv.reader(as_text_file(line))
+    return next(rows, [])
 
 
 def is_header(cells: Sequence[str]) -> bool:
@@ -1046,11 +1064,11 @@ def check_first_line(name: str, cells: Sequence[str], columns: Sequence[str]) ->
     if is_header(cells) and cells != columns:
         missing = clean(", ".join(set(columns) - set(cells)) or "none")
         added = clean(", ".join(set(cells) - set(columns)) or "none")
-        text = f"{name} has different columns from the parts before it, or a different order"
-        raise ReportError(f"{text} (missing: {missing}; new: {added}).")
-    if not columns or len(cells) != len(columns):
+        text = f"{name}: the columns or their order differ from those of earlier parts"
+        raise ReportError(f"{text} (missing: {missing}; new: {added}). {DOWNLOADED_AGAIN}")
+    if len(cells) != len(columns) or not columns:
         text = f"{name} begins with neither a header nor a row. It may be a web page or JSON."
-        raise ReportError(f"{text} The next run downloads it again.")
+        raise ReportError(f"{text} {DOWNLOADED_AGAIN}")
 
 
 def read_blocks(file: IO[bytes] | gzip.GzipFile, start: bytes = b"") -> Iterator[bytes]:
@@ -1076,78 +1094,76 @@ def complete_row(file: IO[bytes] | gzip.GzipFile, lines: bytes) -> bytes:
     return lines
 
 
-def text_lines(block: bytes) -> io.StringIO:
-    """Lines for the csv module. Bytes that are not UTF-8 survive in them."""
+def as_text_file(block: bytes) -> io.StringIO:
+    """Rows for the csv module. Bytes that are not UTF-8 survive in them."""
     return io.StringIO(block.decode("utf-8", "surrogateescape"), newline="")
 
 
+def read_bare(block: bytes) -> Iterator[list[str]]:
+    """Rows of the bare dialect."""
+    return csv.reader(as_text_file(block), quoting=csv.QUOTE_NONE, escapechar="\\")
+
+
 def convert_rows(
-    name: str, blocks: Iterable[bytes], line: int, quoted: bool, width: int
+    name: str, blocks: Iterable[bytes], line_number: int, quoted: bool, width: int
 ) -> Iterator[bytes]:
-    """The rows of a part as plain CSV, in blocks. `line` is the number of the first line.
+    """The rows of a part as plain CSV, in blocks. `line_number` is that of the first row.
 
     A row with more or fewer cells than the header stays as it is; a notice names the first few."""
-    bare_row = b"," * (width - 1) + b"\n"
-    quoted_row = b",".join([b'""'] * width) + b"\n"
     irregular = 0
     for block in blocks:
         converted = convert_quoted(block) if quoted else convert_bare(block, width)
-        # In a usual block, all rows look alike without all but quotes, commas, and line ends.
-        separators = converted.translate(None, NOT_SEPARATORS)
-        lines = separators.count(b"\n")
-        if separators not in (bare_row * lines, quoted_row * lines):
-            for row_line, cells in irregular_rows(converted, width):
+        if not is_regular(converted, width):
+            for line, cells in find_irregular_rows(converted, width):
                 irregular += 1
                 if irregular <= MAX_NAMED_ROWS:
                     text = "%s, line %d: %d cells instead of %d"
-                    log.warning(text, name, line + row_line, cells, width)
-        line += lines
+                    log.warning(text, name, line_number + line, cells, width)
+        line_number += block.count(b"\n")
         yield converted
     if irregular > MAX_NAMED_ROWS:
-        log.warning("%s: %d such rows in total", name, irregular)
+        log.warning("%s: %d irregular rows in total", name, irregular)
 
 
 def convert_quoted(block: bytes) -> bytes:
-    """Rows of the quoted dialect as plain CSV: "a","\\N","b" becomes "a","","b".
+    r"""Rows of the quoted dialect as plain CSV: "a","\N","b" becomes "a","","b".
 
-    This is exact whatever the cells contain: quotes within a cell are doubled, so a quote between
-    a comma and a backslash begins a cell."""
+    This is exact: within a cell, ,"\N" would be written ,""\N""."""
     for _ in range(2):  # Neighbors share a comma.
-        block = block.replace(b',"\\N",', b',"",')
+        block = block.replace(rb',"\N",', b',"",')
     if b"\\" in block:  # at the edges of rows, or in names
         block = QUOTED_MISSING.sub(rb'\1""', block)
     return block
 
 
 def convert_bare(block: bytes, width: int) -> bytes:
-    """Rows of the bare dialect as plain CSV: a,\\N,x\\,y becomes a,,"x,y".
-
-    A block like a,"x,y",b of the header's width is plain CSV already."""
-    without_missing = block
+    r"""Rows of the bare dialect as plain CSV: a,\N,x\,y becomes a,,"x,y"."""
+    simple = block
     for missing in (rb",\\N,", rb",\N,"):
-        if b"\\" in without_missing:
+        if b"\\" in simple:
             for _ in range(2):  # Neighbors share a comma.
-                without_missing = without_missing.replace(missing, b",,")
-    if b"\\" not in without_missing and b'"' not in without_missing:
-        return without_missing
+                simple = simple.replace(missing, b",,")
+    if b"\\" not in simple and b'"' not in simple:
+        return simple
+    # Otherwise, read the cells of the original block.
     line_end = "\r\n" if b"\r" in block else "\n"
-    if is_ordinary_csv(block, width):
-        if b"\\N" not in block:
+    if is_plain_csv(block, width):
+        if rb"\N" not in block:
             return block
-        return write_rows(csv.reader(text_lines(block)), (r"\N", r"\\N"), line_end)
-    # Escape \N as \\N. Otherwise, the csv module reads it as N.
+        return write_rows(csv.reader(as_text_file(block)), (r"\N", r"\\N"), line_end)
+    # The csv module reads \\N as \N, and \N as N. So escape \N first.
     escaped = BARE_MISSING.sub(rb"\1\\\\N", block)
-    rows = csv.reader(text_lines(escaped), quoting=csv.QUOTE_NONE, escapechar="\\")
-    return write_rows(rows, (r"\N",), line_end)
+    return write_rows(read_bare(escaped), (r"\N",), line_end)
 
 
-def is_ordinary_csv(block: bytes, width: int) -> bool:
-    """Whether a block has quotes where needed, as every CSV writer but CircleCI's puts them."""
+def is_plain_csv(block: bytes, width: int) -> bool:
+    """Whether a block of a bare part is plain CSV, with quotes where needed: not as CircleCI writes
+    it, but as other programs do, which may have saved the file."""
     begins_with_quote = block.startswith(b'"') or b',"' in block or b'\n"' in block
     if not begins_with_quote:
         return False
     try:
-        for cells in csv.reader(text_lines(block), strict=True):
+        for cells in csv.reader(as_text_file(block), strict=True):
             if cells and len(cells) != width:
                 return False
     except csv.Error:
@@ -1164,13 +1180,24 @@ def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: 
     return output.getvalue().encode("utf-8", "surrogateescape")
 
 
-def irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
-    """Line (counted from 0) and number of cells of each row with a wrong number of cells."""
-    separators = {line.count(b'","') for line in block.splitlines()}
-    if separators == {width - 1}:  # The names have quotes or commas. That is all.
+def is_regular(block: bytes, width: int) -> bool:
+    """Whether all rows of a block have the right number of cells, and no name has a separator. Then
+    the separators of one row are repeated in all rows."""
+    separators = block.translate(None, ALL_BUT_SEPARATORS)
+    lines = separators.count(b"\n")
+    bare_row = b"," * (width - 1) + b"\n"
+    quoted_row = b",".join([b'""'] * width) + b"\n"
+    return separators in (bare_row * lines, quoted_row * lines)
+
+
+def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
+    """Line (counted from 0) and number of cells of each row with the wrong number of cells."""
+    # The fast way for quoted rows whose names have commas or quotes.
+    separators_per_line = {line.count(b'","') for line in block.splitlines()}
+    if separators_per_line == {width - 1}:
         return
     line = 0
-    reader = csv.reader(text_lines(block))
+    reader = csv.reader(as_text_file(block))
     for cells in reader:
         if cells and len(cells) != width:
             yield line, len(cells)
@@ -1187,7 +1214,7 @@ def publish_report(merged: Path, settings: Settings) -> Path:
         report = settings.output / f"all_orgs_{datetime.now():%Y%m%d_%H%M%S}_{label}.csv"
         if not report.exists():
             break
-        time.sleep(1)
+        time.sleep(1)  # until the name is another
     os.rename(merged, report)
     flush_folder(settings.output)
     return report
@@ -1198,7 +1225,8 @@ def publish_report(merged: Path, settings: Settings) -> Path:
 LABELS = ("ORGANIZATION_ID", "ORGANIZATION_NAME", "PROJECT_ID", "PROJECT_NAME")
 TOTAL = "TOTAL_CREDITS"
 # The monthly charge for an active user: 25,000 credits (CircleCI's billing FAQ). CircleCI books it
-# on a single job run, the user's first of the month.
+# to a single job run, the user's first of the month, so it says nothing about that run's project.
+# TOTAL_CREDITS includes it.
 SEATS = "USER_CREDITS"
 NUMBER = re.compile(rb"-?[0-9]+(\.[0-9]+)?")
 TABLE_LINE = "{:>15}{:>8}  {:20}{:>13}  {}"  # names come last, so their widths do not matter
@@ -1209,26 +1237,26 @@ MAX_PROJECTS = 10
 @dataclass
 class TableRow:
     name: str = ""
-    rows: int = 0  # of the report
+    rows: int = 0  # of the report, that count here
     credits: Decimal = Decimal(0)
 
 
 class Usage:
-    """The totals of a report. Cells are bytes in which quotes are still doubled."""
+    """The totals of a report. Its cells are bytes, in which quotes are still doubled."""
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.organizations: dict[bytes, TableRow] = defaultdict(TableRow)  # by ID
         self.projects: dict[tuple[bytes, bytes], TableRow] = defaultdict(TableRow)  # by both IDs
         self.kinds = [TableRow(name) for name in columns if name.endswith("_CREDITS")]
-        # A missing column is read from an empty cell behind the others.
-        places = {name: place for place, name in enumerate(columns)}
-        names = [*LABELS, *(kind.name for kind in self.kinds)]
-        used = [places.get(name, len(columns)) for name in names]
-        self.pick = itemgetter(*used)
-        self.missing_columns = [name for name in (*LABELS, TOTAL) if name not in columns]
         self.rows = 0
         self.irregular_rows = 0
         self.not_numbers = 0
+        self.missing_columns = [name for name in (*LABELS, TOTAL) if name not in columns]
+        places = []
+        for name in (*LABELS, *[kind.name for kind in self.kinds]):
+            # add() puts an empty cell at the end, which stands for those of a missing column.
+            places.append(columns.index(name) if name in columns else -1)
+        self.pick = itemgetter(*places)
 
     def add(self, cells: list[bytes]) -> None:
         """Count a row of the report."""
@@ -1271,33 +1299,40 @@ def parse_credits(cell: bytes) -> Decimal | None:
 
 
 def split_rows(block: bytes, width: int) -> list[list[bytes]]:
-    """The rows of a block of plain CSV, as cells in which quotes are still doubled.
+    """The cells of all rows of a block of plain CSV, with quotes still doubled.
 
-    Rows without quotes are split at commas, and rows of quoted cells at ",", which is right if
-    only doubled quotes are left in the cells. This is much faster than the csv module, which reads
-    all other blocks."""
+    Rows of bare cells are split at commas, rows of quoted cells at ",". If any other row is among
+    them, the csv module reads the block, which takes three times as long."""
     rows = []
-    text = block.replace(b"\r\n", b"\n")
+    text = block.replace(b"\r\n", b"\n").removesuffix(b"\n")
     quotes = text.count(b'"')
     if quotes == 0:
-        rows = [line.split(b",") for line in text[:-1].split(b"\n")]
+        rows = [line.split(b",") for line in text.split(b"\n")]
     elif text.startswith(b'"'):
-        lines = text[1:-2].split(b'"\n"')
+        lines = text[1:-1].split(b'"\n"')
         rows = [line.split(b'","') for line in lines]
-        if quotes > 2 * width * len(rows):
-            contents = b",".join([b",".join(cells) for cells in rows])
-            if b'"' in contents.replace(b'""', b""):
-                rows = []
-    if {len(cells) for cells in rows} != {width}:
-        reader = csv.reader(text_lines(block))
-        rows = [[cell.encode("utf-8", "surrogateescape") for cell in row] for row in reader if row]
+        if quotes > 2 * width * len(rows) and not has_only_doubled_quotes(rows):
+            rows = []
+    if {len(cells) for cells in rows} == {width}:
+        return rows
+    rows = []
+    for row in csv.reader(as_text_file(block)):
+        cells = [cell.replace('"', '""') for cell in row]
+        if cells:
+            rows.append([cell.encode("utf-8", "surrogateescape") for cell in cells])
     return rows
+
+
+def has_only_doubled_quotes(rows: Iterable[Iterable[bytes]]) -> bool:
+    """Whether all quotes in the cells are doubled. Then, each "," was the end of a cell."""
+    contents = b",".join([b",".join(cells) for cells in rows])
+    return b'"' not in contents.replace(b'""', b"")
 
 
 def count_usage(report: Path) -> Usage:
     """Add up a report in plain CSV. Finds columns by name. Raises csv.Error if it is not CSV."""
     with open(report, "rb") as file:
-        columns = [name.upper() for name in parse_first_line(file.readline(), 0)]
+        columns = [name.upper() for name in parse_first_line(file.readline())]
         usage = Usage(columns)
         for block in read_blocks(file):
             for cells in split_rows(block, len(columns)):
@@ -1310,7 +1345,7 @@ def count_usage(report: Path) -> Usage:
 
 
 def show_table(
-    title: str, table: Iterable[TableRow], most: int | None = None, with_total: bool = False
+    title: str, table: Iterable[TableRow], limit: int | None = None, with_total: bool = False
 ) -> None:
     """Show table rows, the largest first, with their shares of the grand total."""
     ranked = sorted(table, key=lambda row: (-row.credits, row.name))
@@ -1318,7 +1353,7 @@ def show_table(
     for row in ranked:
         total.rows += row.rows
         total.credits += row.credits
-    shown = ranked[:most]
+    shown = ranked[:limit]
     if with_total:
         shown.append(total)
     log.info(TABLE_LINE.format("CREDITS", "SHARE", "", "ROWS", title))
@@ -1327,7 +1362,7 @@ def show_table(
         bar = "#" * round(share * BAR_WIDTH)
         if row is total:
             bar = ""
-        credits = f"{row.credits.normalize():,f}"
+        credits = f"{row.credits.normalize():,f}"  # without zeros at the end
         name = clean(row.name)
         log.info(TABLE_LINE.format(credits, f"{share:.1%}", bar, f"{row.rows:,}", name))
 
@@ -1336,11 +1371,11 @@ def show_problems(usage: Usage) -> None:
     """Say what the summary does not count, if anything."""
     problems = [f"no column {name}" for name in usage.missing_columns]
     if usage.irregular_rows:
-        problems.append(f"{usage.irregular_rows} rows with a wrong number of cells")
+        problems.append(f"rows with the wrong number of cells: {usage.irregular_rows}")
     if usage.not_numbers:
-        problems.append(f"{usage.not_numbers} credits that are not numbers")
+        problems.append(f"cells with credits that are not numbers: {usage.not_numbers}")
     if problems:
-        log.warning("The report is complete, but its summary is not: %s", ", ".join(problems))
+        log.warning("The report is complete, but its summary is not (%s)", ", ".join(problems))
 
 
 def show_summary(report: Path, requested: Mapping[str, str], started: float) -> None:
@@ -1349,9 +1384,8 @@ def show_summary(report: Path, requested: Mapping[str, str], started: float) -> 
     usage = count_usage(report)
     if "ORGANIZATION_ID" not in usage.missing_columns:
         for organization_id, name in requested.items():
-            row = usage.organizations[organization_id.encode()]
-            if row.rows == 0:
-                row.name = f"{name or organization_id} (no usage)"
+            unused = TableRow(f"{name or organization_id} (no usage)")
+            usage.organizations.setdefault(organization_id.encode(), unused)
     has_total = TOTAL not in usage.missing_columns
     if has_total:
         log.info("")
@@ -1362,29 +1396,29 @@ def show_summary(report: Path, requested: Mapping[str, str], started: float) -> 
     if has_total:
         log.info("")
         if SEATS in [row.name for row in kinds]:
-            log.info("Projects without %s (25,000 a month per active user, on one job run):", SEATS)
+            log.info("Credits by project, without %s (25,000 per active user and month):", SEATS)
         show_table("PROJECT", usage.projects.values(), MAX_PROJECTS)
     show_problems(usage)
     size = report.stat().st_size / 1_000_000
     duration = format_duration(time.time() - started)
     log.info("")
-    log.info("%s rows, %.1f MB, %s", f"{usage.rows:,}", size, duration)
+    log.info("%s rows, %.1f MB in %s", f"{usage.rows:,}", size, duration)
 
 
 # --- The run ---
 
 
-def find_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
+def find_or_request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
     """The job of an earlier run, or of --job-id, or a new one. Its ID is on disk."""
     job = load_job(folder)
     if job is not None:
         log.info("Resuming export job %s", job.job_id)
         return job
-    for part in folder.glob("part-*"):  # of an earlier job, if its run was killed at the end
+    for part in folder.glob("part-*"):  # left if a run was killed while it removed the folder
         part.unlink()
     if settings.job_id:
         # Its age is unknown. This makes the first check due immediately.
-        job = Job(settings.job_id, time.time() - FIRST_CHECK)
+        job = Job(settings.job_id, time.time() - CHECK_AGES[0])
         save_job(folder, job)
         return job
     return request_job(settings, body, folder)
@@ -1407,7 +1441,7 @@ def run(args: argparse.Namespace) -> None:
     settings = load_settings(args)
     log.filters = [SecretFilter(settings.token)]
     if settings.primary_id is None:
-        ask_for_primary(settings)
+        list_choices(settings)
     owner = retry(call_api, settings, "GET", "/api/v2/me", parse_owner)
     log.info("Signed in as %s", owner)
     organizations = {}
@@ -1420,7 +1454,7 @@ def run(args: argparse.Namespace) -> None:
         show_next_request(settings, body, folder)
         return
     with hold_folder(folder):
-        job = find_job(settings, body, folder)
+        job = find_or_request_job(settings, body, folder)
         log.info("This can take up to 4 hours. If it is interrupted, the same command resumes it.")
         links = wait_for_links(settings, job)
         parts = download_parts(links, folder)
@@ -1443,14 +1477,18 @@ def run(args: argparse.Namespace) -> None:
         log.warning("No summary: %s. The report is complete.", clean(error))
 
 
-KEPT = "If an export job has started, it is kept: run the same command to resume."
+RESUME_HINT = "An export job that has started is kept: fix this, and run the same command again."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run once and turn failures into a message and an exit code."""
     args = parse_arguments(argv)
-    level = logging.DEBUG if args.verbose else TICK
-    log.handlers = [Console(logging.ERROR if args.quiet else level)]
+    level = TICK
+    if args.verbose:
+        level = logging.DEBUG
+    if args.quiet:
+        level = logging.ERROR
+    log.handlers = [Console(level)]
     log.setLevel(logging.DEBUG)
     try:
         run(args)
@@ -1463,10 +1501,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         disk_full = error.errno in DISK_FULL
-        log.error("%s. %s", clean(error), KEPT)
+        log.error("%s. %s", clean(error), RESUME_HINT)
         return 75 if disk_full else 1
     except Exception as error:
-        log.error("Unexpected error: %s. %s", clean(repr(error)), KEPT)
+        log.error("Unexpected error: %s. %s", clean(repr(error)), RESUME_HINT)
         log.debug("%s", traceback.format_exc())
         return 1
     return 0
