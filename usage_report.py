@@ -81,8 +81,7 @@ T = TypeVar("T")
 # The longest window and the earliest start. Some of CircleCI's texts say 31 days and a year.
 MAX_WINDOW_DAYS = 32
 HISTORY_MONTHS = 13
-# GETs an hour for each organization, and POSTs.
-MAX_REQUESTS = 10
+MAX_REQUESTS = 10  # GETs an hour for each organization; as many POSTs
 EXPORT_LIMIT = 4 * 3600  # seconds that an export may take
 # Yesterday's usage is complete "typically 08:00-10:00 UTC" (CircleCI staff).
 REFRESH_HOUR = 10
@@ -98,8 +97,8 @@ BASE_URL = re.compile(r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\])
 # that a job is completed is in proportion to the time that the job has taken.
 CHECK_AGES = (15, 26, 45, 78, 135, 233, 403, 697, 1207, 2089)
 CHECK_INTERVAL = 3600 // MAX_REQUESTS  # after the first hour
-MIN_WAIT = 3600  # for a job, in each run, however old the job is
-MARGIN = 15 * 60  # how long to wait beyond these limits
+MIN_WAIT = 3600  # Each run waits at least this long, even for an old job.
+MARGIN = 15 * 60  # added to EXPORT_LIMIT and to MIN_WAIT
 MAX_FAILED_CHECKS = 5  # in a row
 MAX_EMPTY_RESPONSES = 3  # that say "completed" and have no links
 RETRY_PAUSES = (1, 2, 4, 8, 16)
@@ -162,8 +161,8 @@ class RateLimited(TemporaryError):
 
 
 class UnexpectedResponse(TemporaryError):
-    """A response is not what the API sends: a proxy may have sent it. It is worth a retry, but if
-    all retries fail, so has the run."""
+    """A response is not what the API sends: a proxy may have sent it. Retried like any temporary
+    error, but if that does not help, neither does the same command."""
 
     exit_code = 1
     advice = ""
@@ -183,8 +182,8 @@ class MayHaveStarted(ReportError):
 
 log = logging.getLogger("usage_report")
 
-# Log levels of what is going on now. On a terminal, the next message replaces it. Elsewhere, LIVE
-# is a line like any other, and TICK is not shown.
+# Log levels of the live line. On a terminal, the next message overwrites it. Elsewhere, LIVE is a
+# line like any other, and TICK is not shown.
 LIVE = logging.INFO + 1
 TICK = logging.INFO - 1
 
@@ -234,7 +233,7 @@ class SecretFilter(logging.Filter):
 
 def clean(text: object) -> str:
     """Text from outside, on one line, without control characters, and not too long. It is cut
-    between words, because SecretFilter would not know half a token."""
+    between words, because half a token would escape SecretFilter."""
     line = textwrap.shorten(str(text), MAX_TEXT, placeholder="...", break_on_hyphens=False)
     return "".join(character for character in line if character.isprintable())
 
@@ -322,16 +321,12 @@ def load_settings(args: argparse.Namespace) -> Settings:
     in_file: dict[str, str] = {}
     if args.env_file or env_file.exists():
         in_file = read_env_file(env_file)
+    environment = {name: os.environ.get(name, "").strip() for name in VARIABLES}
     values = {}
-    sources = {}
     for name in VARIABLES:
-        values[name] = os.environ.get(name, "").strip()
-        sources[name] = "the environment"
-        if not values[name]:
-            values[name] = in_file.get(name, "").strip()
-            sources[name] = str(env_file)
+        values[name] = environment[name] or in_file.get(name, "").strip()
     token = values["CIRCLE_TOKEN"]
-    token_source = sources["CIRCLE_TOKEN"]
+    token_source = "the environment" if environment["CIRCLE_TOKEN"] else str(env_file)
     printable_ascii = "[!-~]+"
     if token == PLACEHOLDER or not re.fullmatch(printable_ascii, token):
         hint = "Create a token (CCIPAT_...) in CircleCI: User Settings > Personal API Tokens."
@@ -403,15 +398,16 @@ def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> Window
     """The window that the flags or variables ask for, cut to complete days. Raises InvalidSetting,
     which suggests a window that is valid today."""
     now = datetime.fromtimestamp(time.time(), timezone.utc)
-    name = "START_DATE to END_DATE (or --start to --end)"
-    start = args.start or values["START_DATE"]
-    end = args.end or values["END_DATE"]
     try:
         if args.period:
             name = f"--period {args.period}"
             if args.start or args.end:
                 raise ValueError(f"{name} cannot be combined with --start or --end.")
             start, end = period_days(args.period, now.date())
+        else:
+            name = "START_DATE to END_DATE (or --start to --end)"
+            start = args.start or values["START_DATE"]
+            end = args.end or values["END_DATE"]
         start_time = parse_time("START_DATE (or --start)", start, "T00:00:00Z")
         end_time = parse_time("END_DATE (or --end)", end, "T23:59:59Z")
         return cut_window(name, Window(start_time, end_time), now)
@@ -460,7 +456,7 @@ def parse_time(name: str, text: str, time_of_day: str) -> datetime:
 
 
 def cut_window(name: str, window: Window, now: datetime) -> Window:
-    """The window, cut to complete days. `name` tells where it is set. Raises ValueError.
+    """The window, its end cut to yesterday. `name` tells where it is set. Raises ValueError.
 
     CircleCI has the usage through the previous UTC day (its changelog)."""
     start, end = window
@@ -499,7 +495,7 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
             timeout=TIMEOUTS,
             allow_redirects=False,
             auth=lambda request: request,  # Otherwise, requests adds a login from ~/.netrc.
-            proxies={"http": ""},  # http is for loopback. A proxy would see the token.
+            proxies={"http": ""},  # None for loopback: a proxy would see the token.
             **options,
         )
     except ProxyError:
@@ -508,12 +504,12 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
         reason = "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE."
     except Timeout:
         reason = "the connection timed out. Check the network and HTTPS_PROXY."
-    except ValueError:  # InvalidURL
+    except ValueError:  # InvalidURL, which is a RequestException, too
         text = f"{what} failed: invalid URL. Check CIRCLECI_BASE_URL and HTTPS_PROXY."
         raise ReportError(text) from None
     except RequestException:
         reason = "the connection failed or was lost. Check the network."
-    except OSError:  # which requests raises for this alone
+    except OSError:  # just that, and none of its classes above
         text = f"{what} failed: the CA bundle is missing. Check REQUESTS_CA_BUNDLE."
         raise ReportError(text) from None
     raise TemporaryError(f"{what} failed: {reason}")
@@ -535,7 +531,7 @@ def rate_limit_seconds(response: requests.Response) -> float:
     """How long to wait after a 429: Retry-After (seconds or a date), else X-RateLimit-Reset or
     RateLimit-Reset (seconds; CircleCI's API developers' guide), else 6 minutes."""
     try:
-        seconds = urllib3.Retry().get_retry_after(response.raw)
+        seconds = urllib3.Retry().get_retry_after(response.raw)  # parses Retry-After
     except urllib3.exceptions.InvalidHeader:
         seconds = None
     for name in ("X-RateLimit-Reset", "RateLimit-Reset"):
@@ -642,7 +638,7 @@ def parse_organizations(content: Any) -> dict[str, str]:
     """Names by ID."""
     names = {}
     if not isinstance(content["orgs"], list):
-        raise TypeError
+        raise TypeError  # An empty object would look like an empty list.
     for organization in content["orgs"]:
         organization_id = str(uuid.UUID(organization["id"]))
         names[organization_id] = clean(organization.get("name") or "")
@@ -748,7 +744,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except NothingToCollect:
-        (folder / JOB_FILE).unlink()
+        (folder / JOB_FILE).unlink()  # so that the folder is removed below
         raise
     finally:
         lock_file.close()  # Windows cannot remove an open file.
@@ -820,10 +816,10 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
                     raise
                 log.warning("%s", error)
                 pause(POST_PAUSE, "Second and final attempt")
-            except KeyboardInterrupt:  # during post.result()
+            except KeyboardInterrupt:  # The POST goes on in its thread.
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 log.warning("Waiting for CircleCI's response, so that the job ID is not lost")
-                post.result()  # If the POST failed, this raises its error instead.
+                post.result()  # If the POST failed, its error ends the run.
                 raise
 
 
@@ -837,7 +833,7 @@ def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job
     try:
         job_id = call_api(settings, "POST", settings.jobs_path, parse, body)
     except RateLimited:
-        raise  # It has not started.
+        raise  # No job has started.
     except TemporaryError as error:
         raise MayHaveStarted(f"{error} CircleCI may have started an export job.") from None
     job = Job(job_id, requested_at)
@@ -856,7 +852,8 @@ def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job
 def next_check_age(age: int) -> int:
     """The age at which a job of this age is checked next (both in seconds since the request).
 
-    The API grants 10 GETs an hour, so the eleventh check is due an hour after the first."""
+    The API grants 10 GETs an hour. So the eleventh check is due an hour after the first, and the
+    next ones every 6 minutes."""
     for due in CHECK_AGES:
         if due > age:
             return due
@@ -885,7 +882,7 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
     repeatedly."""
     path = f"{settings.jobs_path}/{job.job_id}"
     give_up_at = max(job.requested_at + EXPORT_LIMIT, time.time() + MIN_WAIT) + MARGIN
-    next_check = job.requested_at + CHECK_AGES[0]  # If that is past, checks at once.
+    next_check = job.requested_at + CHECK_AGES[0]  # past if this run resumes: checks at once
     state = "requested"
     empty_responses = 0
     failures: list[ReportError] = []  # in a row
@@ -902,7 +899,7 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
             log.warning("%s", error)
             failures.append(error)
             if len(failures) == MAX_FAILED_CHECKS:
-                raise final_error(failures) from None
+                raise_last(failures)
         else:
             failures.clear()
             if links:
@@ -914,13 +911,14 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
     raise NotFinished(f"Export job {job.job_id} is not finished (state: {state}).")
 
 
-def final_error(failures: Sequence[ReportError]) -> ReportError:
-    """The last failure. If all are 404s, CircleCI does not know the job: there is nothing to
+def raise_last(failures: Sequence[ReportError]) -> NoReturn:
+    """Raise the last failure. If all are 404s, CircleCI does not know the job: there is nothing to
     collect."""
     last = failures[-1]
     if all(isinstance(error, NotFound) for error in failures):
-        return NothingToCollect(f"{last} Run without --job-id to request a new export.")
-    return last
+        hint = "Run the command again, without --job-id, to request a new export."
+        raise NothingToCollect(f"{last} {hint}")
+    raise last
 
 
 # --- Downloading the parts ---
@@ -963,11 +961,11 @@ def download_part(name: str, link: str, path: Path) -> None:
 
 # --- Merging the parts: the header once, then every row of every part ---
 
-# CircleCI writes a part in one of two dialects. Its first byte tells which:
+# CircleCI writes a part in one of two dialects, which its first byte tells:
 #
-#            first byte   name with a comma   name with a quote   missing value
-#   quoted   a quote      "x,y"               "x""y"              "\N"
-#   bare     another      x\,y                x"y                 \N or \\N
+#            first byte   x,y     x"y      x\y     missing value
+#   quoted   a quote      "x,y"   "x""y"   "x\y"   "\N"
+#   bare     another      x\,y    x"y      x\\y    \N, in some exports \\N
 #
 # The report is plain CSV (RFC 4180), where a missing value is an empty cell. So a quoted part is
 # plain CSV already, but for its missing values.
@@ -978,11 +976,11 @@ def download_part(name: str, link: str, path: Path) -> None:
 
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
-MAX_ROW_LINES = 1000  # so that a quote that is never closed does not make the rest one row
+MAX_ROW_LINES = 1000  # of a block that does not end with a row: a quote may never be closed
 MAX_NAMED_ROWS = 3  # rows with the wrong number of cells that are named, per part
 DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
 COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*")
-ALL_BUT_SEPARATORS = bytes(set(range(256)) - set(b'",\n'))
+NOT_SEPARATORS = bytes(set(range(256)) - set(b'",\n'))
 # A missing value, and the comma or the start of the line before it.
 QUOTED_MISSING = re.compile(rb'(?m)(^|,)"\\N"(?=,|\r?$)')
 BARE_MISSING = re.compile(rb"(?m)(^|,)\\N(?=,|\r?$)")
@@ -1027,18 +1025,20 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
                 if not first_line:
                     continue
                 cells = parse_first_line(first_line)
-                has_header = is_header(cells)
-                if has_header and not columns:
-                    columns = cells
-                    target.write(first_line)
-                    if not first_line.endswith(b"\n"):
-                        target.write(b"\n")
+                if is_header(cells):
+                    line_number = 2  # of the first row
+                    start = b""
+                    if not columns:
+                        columns = cells
+                        target.write(first_line.removesuffix(b"\n") + b"\n")
+                else:
+                    line_number = 1
+                    start = first_line
                 check_first_line(name, cells, columns)
-                blocks = read_blocks(part, b"" if has_header else first_line)
+                blocks = read_blocks(part, start)
                 if not raw:
                     quoted = first_line.startswith(b'"')
-                    first_row = 2 if has_header else 1
-                    blocks = convert_rows(name, blocks, first_row, quoted, len(columns))
+                    blocks = convert_rows(name, blocks, line_number, quoted, len(columns))
                 for block in blocks:
                     target.write(block)
                     has_rows = True
@@ -1048,10 +1048,9 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
 
 def parse_first_line(line: bytes) -> list[str]:
     """The cells of the first line of a part, in either dialect."""
-    rows = read_bare(line)
     if line.startswith(b'"'):
-        rows = csv.reader(as_text_file(line))
-    return next(rows, [])
+        return next(csv.reader(as_text_file(line)), [])
+    return next(read_bare(line), [])
 
 
 def is_header(cells: Sequence[str]) -> bool:
@@ -1084,7 +1083,7 @@ def read_blocks(file: IO[bytes] | gzip.GzipFile, start: bytes = b"") -> Iterator
 
 def complete_row(file: IO[bytes] | gzip.GzipFile, lines: bytes) -> bytes:
     """Lines, and those that follow in the file while the last row is open: within quotes, or (in
-    the bare dialect) after an escaped line end."""
+    the bare dialect) after an escaped line end. A bare x"y just makes the block longer."""
     for _ in range(MAX_ROW_LINES):
         escaped = lines.endswith((b"\\\n", b"\\\r\n"))
         within_quotes = lines.count(b'"') % 2 == 1
@@ -1128,7 +1127,7 @@ def convert_rows(
 def convert_quoted(block: bytes) -> bytes:
     r"""Rows of the quoted dialect as plain CSV: "a","\N","b" becomes "a","","b".
 
-    This is exact: within a cell, ,"\N" would be written ,""\N""."""
+    The same text within a cell is left alone, because its quotes are doubled: ,""\N"","""
     for _ in range(2):  # Neighbors share a comma.
         block = block.replace(rb',"\N",', b',"",')
     if b"\\" in block:  # at the edges of rows, or in names
@@ -1139,28 +1138,27 @@ def convert_quoted(block: bytes) -> bytes:
 def convert_bare(block: bytes, width: int) -> bytes:
     r"""Rows of the bare dialect as plain CSV: a,\N,x\,y becomes a,,"x,y"."""
     simple = block
-    for missing in (rb",\\N,", rb",\N,"):
+    for missing in (rb",\\N,", rb",\\N,", rb",\N,", rb",\N,"):  # Neighbors share a comma.
         if b"\\" in simple:
-            for _ in range(2):  # Neighbors share a comma.
-                simple = simple.replace(missing, b",,")
+            simple = simple.replace(missing, b",,")
     if b"\\" not in simple and b'"' not in simple:
         return simple
-    # Otherwise, read the cells of the original block.
+    # Not that simple: start again from the original block.
     line_end = "\r\n" if b"\r" in block else "\n"
-    if is_plain_csv(block, width):
-        if rb"\N" not in block:
-            return block
-        return write_rows(csv.reader(as_text_file(block)), (r"\N", r"\\N"), line_end)
-    # The csv module reads \\N as \N, and \N as N. So escape \N first.
-    escaped = BARE_MISSING.sub(rb"\1\\\\N", block)
-    return write_rows(read_bare(escaped), (r"\N",), line_end)
+    if not is_plain_csv(block, width):
+        # The csv module reads \\N as \N, but \N as N. So make each \N a \\N.
+        escaped = BARE_MISSING.sub(rb"\1\\\\N", block)
+        return write_rows(read_bare(escaped), (r"\N",), line_end)
+    if rb"\N" not in block:
+        return block
+    return write_rows(csv.reader(as_text_file(block)), (r"\N", r"\\N"), line_end)
 
 
 def is_plain_csv(block: bytes, width: int) -> bool:
-    """Whether a block of a bare part is plain CSV, with quotes where needed: not as CircleCI writes
-    it, but as other programs do, which may have saved the file."""
-    begins_with_quote = block.startswith(b'"') or b',"' in block or b'\n"' in block
-    if not begins_with_quote:
+    """Whether a block of a bare part is plain CSV after all, with quotes where needed: CircleCI
+    does not write that, but other programs do, and one of them may have saved the file."""
+    has_quoted_cell = block.startswith(b'"') or b',"' in block or b'\n"' in block
+    if not has_quoted_cell:
         return False
     try:
         for cells in csv.reader(as_text_file(block), strict=True):
@@ -1181,9 +1179,10 @@ def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: 
 
 
 def is_regular(block: bytes, width: int) -> bool:
-    """Whether all rows of a block have the right number of cells, and no name has a separator. Then
-    the separators of one row are repeated in all rows."""
-    separators = block.translate(None, ALL_BUT_SEPARATORS)
+    """A fast test whether all rows have `width` cells, and no cell has a quote, comma, or line end.
+    Then the separators of a block are those of one row, repeated: for 3 cells, ,, or "","","" and
+    a line end."""
+    separators = block.translate(None, NOT_SEPARATORS)
     lines = separators.count(b"\n")
     bare_row = b"," * (width - 1) + b"\n"
     quoted_row = b",".join([b'""'] * width) + b"\n"
@@ -1192,16 +1191,15 @@ def is_regular(block: bytes, width: int) -> bool:
 
 def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
     """Line (counted from 0) and number of cells of each row with the wrong number of cells."""
-    # The fast way for quoted rows whose names have commas or quotes.
-    separators_per_line = {line.count(b'","') for line in block.splitlines()}
-    if separators_per_line == {width - 1}:
+    # Often, the names in a quoted block just have commas or quotes: each line has width cells.
+    if {line.count(b'","') for line in block.splitlines()} == {width - 1}:
         return
     line = 0
     reader = csv.reader(as_text_file(block))
     for cells in reader:
         if cells and len(cells) != width:
             yield line, len(cells)
-        line = reader.line_num
+        line = reader.line_num  # where the next row starts
 
 
 def publish_report(merged: Path, settings: Settings) -> Path:
@@ -1237,7 +1235,7 @@ MAX_PROJECTS = 10
 @dataclass
 class TableRow:
     name: str = ""
-    rows: int = 0  # of the report, that count here
+    rows: int = 0  # rows of the report
     credits: Decimal = Decimal(0)
 
 
@@ -1254,7 +1252,7 @@ class Usage:
         self.missing_columns = [name for name in (*LABELS, TOTAL) if name not in columns]
         places = []
         for name in (*LABELS, *[kind.name for kind in self.kinds]):
-            # add() puts an empty cell at the end, which stands for those of a missing column.
+            # A missing column is at -1, where add() appends an empty cell.
             places.append(columns.index(name) if name in columns else -1)
         self.pick = itemgetter(*places)
 
@@ -1283,7 +1281,7 @@ class Usage:
                 organization.credits += number
                 project.credits += number
             if kind.name == SEATS:
-                project.credits -= number
+                project.credits -= number  # TOTAL_CREDITS includes them.
 
 
 def cell_text(cell: bytes) -> str:
@@ -1311,7 +1309,8 @@ def split_rows(block: bytes, width: int) -> list[list[bytes]]:
     elif text.startswith(b'"'):
         lines = text[1:-1].split(b'"\n"')
         rows = [line.split(b'","') for line in lines]
-        if quotes > 2 * width * len(rows) and not has_only_doubled_quotes(rows):
+        some_in_cells = quotes > 2 * width * len(rows)
+        if some_in_cells and not all_are_doubled(rows):
             rows = []
     if {len(cells) for cells in rows} == {width}:
         return rows
@@ -1323,8 +1322,9 @@ def split_rows(block: bytes, width: int) -> list[list[bytes]]:
     return rows
 
 
-def has_only_doubled_quotes(rows: Iterable[Iterable[bytes]]) -> bool:
-    """Whether all quotes in the cells are doubled. Then, each "," was the end of a cell."""
+def all_are_doubled(rows: Iterable[Iterable[bytes]]) -> bool:
+    """Whether all quotes in the cells are doubled. If a row was split at a "," within a name, which
+    is written "","", each half has a single quote."""
     contents = b",".join([b",".join(cells) for cells in rows])
     return b'"' not in contents.replace(b'""', b"")
 
@@ -1414,10 +1414,10 @@ def find_or_request_job(settings: Settings, body: dict[str, Any], folder: Path) 
     if job is not None:
         log.info("Resuming export job %s", job.job_id)
         return job
-    for part in folder.glob("part-*"):  # left if a run was killed while it removed the folder
+    for part in folder.glob("part-*"):  # left if a run was killed after it removed job.json
         part.unlink()
     if settings.job_id:
-        # Its age is unknown. This makes the first check due immediately.
+        # Its age is unknown: with this one, the first check is due at once.
         job = Job(settings.job_id, time.time() - CHECK_AGES[0])
         save_job(folder, job)
         return job
