@@ -93,8 +93,8 @@ BASE_URL = re.compile(r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\])
 
 # --- This script's choices (times in seconds, sizes in bytes) ---
 
-# The ages at which a job is checked in its first hour, a geometric series: so the delay in noticing
-# that a job is completed is in proportion to the time that the job has taken.
+# The ages at which a job is checked in its first hour. In this geometric series, the delay before a
+# completed job is noticed is proportional to the time that the job has taken.
 CHECK_AGES = (15, 26, 45, 78, 135, 233, 403, 697, 1207, 2089)
 CHECK_INTERVAL = 3600 // MAX_REQUESTS  # after the first hour
 MIN_WAIT = 3600  # Each run waits at least this long, even for an old job.
@@ -175,7 +175,7 @@ class NotFound(ReportError):
 class MayHaveStarted(ReportError):
     """A POST got no clear response. It may have started an export job."""
 
-    advice = "You can run it again: the limit is 10 exports an hour."
+    advice = "You can run the command again: the limit is 10 exports an hour."
 
 
 # --- Text and progress ---
@@ -395,8 +395,8 @@ def prepare_output_folder(output_dir: str | None) -> Path:
 
 
 def choose_window(args: argparse.Namespace, values: Mapping[str, str]) -> Window:
-    """The window that the flags or variables ask for, cut to complete days. Raises InvalidSetting,
-    which suggests a window that is valid today."""
+    """The window that the flags or variables ask for, its end cut to yesterday. Raises
+    InvalidSetting, which suggests a window that is valid today."""
     now = datetime.fromtimestamp(time.time(), timezone.utc)
     try:
         if args.period:
@@ -495,7 +495,7 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
             timeout=TIMEOUTS,
             allow_redirects=False,
             auth=lambda request: request,  # Otherwise, requests adds a login from ~/.netrc.
-            proxies={"http": ""},  # None for loopback: a proxy would see the token.
+            proxies={"http": ""},  # http is only for loopback. A proxy would see the token.
             **options,
         )
     except ProxyError:
@@ -509,7 +509,7 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
         raise ReportError(text) from None
     except RequestException:
         reason = "the connection failed or was lost. Check the network."
-    except OSError:  # just that, and none of its classes above
+    except OSError:  # a plain one; those above are OSErrors, too
         text = f"{what} failed: the CA bundle is missing. Check REQUESTS_CA_BUNDLE."
         raise ReportError(text) from None
     raise TemporaryError(f"{what} failed: {reason}")
@@ -646,7 +646,7 @@ def parse_organizations(content: Any) -> dict[str, str]:
 
 
 def find_organizations(settings: Settings) -> dict[str, str]:
-    """The names by ID of all organizations on the plan, the primary first.
+    """The names by ID of all organizations on the plan (or in SHARED_ORG_IDS), the primary first.
 
     The endpoint is undocumented (seen in public code). If it fails, the run ends, because a report
     on the primary alone could pass for the whole plan."""
@@ -796,8 +796,8 @@ def request_body(settings: Settings, organizations: Iterable[str]) -> dict[str, 
 
 
 def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
-    """Start an export job and save its ID. Both run in a worker thread, so that Ctrl-C can wait
-    for them.
+    """Start an export job and save its ID. Both run in a worker thread, so that they can finish
+    after Ctrl-C.
 
     A POST without a clear response may have started a job, and the API does not list jobs. So the
     POST is retried only once. Raises MayHaveStarted after that."""
@@ -916,7 +916,7 @@ def raise_last(failures: Sequence[ReportError]) -> NoReturn:
     collect."""
     last = failures[-1]
     if all(isinstance(error, NotFound) for error in failures):
-        hint = "Run the command again, without --job-id, to request a new export."
+        hint = "The next run requests a new export (without --job-id)."
         raise NothingToCollect(f"{last} {hint}")
     raise last
 
@@ -961,11 +961,11 @@ def download_part(name: str, link: str, path: Path) -> None:
 
 # --- Merging the parts: the header once, then every row of every part ---
 
-# CircleCI writes a part in one of two dialects, which its first byte tells:
+# CircleCI writes a part in one of two dialects. The first byte of the part tells which:
 #
-#            first byte   x,y     x"y      x\y     missing value
-#   quoted   a quote      "x,y"   "x""y"   "x\y"   "\N"
-#   bare     another      x\,y    x"y      x\\y    \N, in some exports \\N
+#            first byte   text x,y   text x"y   text x\y   missing value
+#   quoted   a quote      "x,y"      "x""y"     "x\y"      "\N"
+#   bare     any other    x\,y       x"y        x\\y       \N or \\N
 #
 # The report is plain CSV (RFC 4180), where a missing value is an empty cell. So a quoted part is
 # plain CSV already, but for its missing values.
@@ -976,7 +976,7 @@ def download_part(name: str, link: str, path: Path) -> None:
 
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
-MAX_ROW_LINES = 1000  # of a block that does not end with a row: a quote may never be closed
+MAX_ROW_LINES = 1000  # A quote that is never closed must not make the rest of a part one row.
 MAX_NAMED_ROWS = 3  # rows with the wrong number of cells that are named, per part
 DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
 COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*")
@@ -1054,7 +1054,7 @@ def parse_first_line(line: bytes) -> list[str]:
 
 
 def is_header(cells: Sequence[str]) -> bool:
-    """Whether these are names of columns. Which names is up to CircleCI."""
+    """Whether these are names of columns. CircleCI decides which."""
     return len(cells) >= 2 and all(COLUMN_NAME.fullmatch(cell) for cell in cells)
 
 
@@ -1082,8 +1082,9 @@ def read_blocks(file: IO[bytes] | gzip.GzipFile, start: bytes = b"") -> Iterator
 
 
 def complete_row(file: IO[bytes] | gzip.GzipFile, lines: bytes) -> bytes:
-    """Lines, and those that follow in the file while the last row is open: within quotes, or (in
-    the bare dialect) after an escaped line end. A bare x"y just makes the block longer."""
+    """Lines, and those that follow in the file until the last row is complete: its quotes are
+    closed, and (in the bare dialect) its line end is not escaped. A bare x"y looks like an open
+    quote, but that only adds lines."""
     for _ in range(MAX_ROW_LINES):
         escaped = lines.endswith((b"\\\n", b"\\\r\n"))
         within_quotes = lines.count(b'"') % 2 == 1
@@ -1127,8 +1128,8 @@ def convert_rows(
 def convert_quoted(block: bytes) -> bytes:
     r"""Rows of the quoted dialect as plain CSV: "a","\N","b" becomes "a","","b".
 
-    The same text within a cell is left alone, because its quotes are doubled: ,""\N"","""
-    for _ in range(2):  # Neighbors share a comma.
+    Text like ,"\N", in a name is left alone: its quotes are doubled, so it does not match."""
+    for _ in range(2):  # One pass empties every other neighbor, because they share a comma.
         block = block.replace(rb',"\N",', b',"",')
     if b"\\" in block:  # at the edges of rows, or in names
         block = QUOTED_MISSING.sub(rb'\1""', block)
@@ -1138,25 +1139,25 @@ def convert_quoted(block: bytes) -> bytes:
 def convert_bare(block: bytes, width: int) -> bytes:
     r"""Rows of the bare dialect as plain CSV: a,\N,x\,y becomes a,,"x,y"."""
     simple = block
-    for missing in (rb",\\N,", rb",\\N,", rb",\N,", rb",\N,"):  # Neighbors share a comma.
+    for missing in (rb",\\N,", rb",\\N,", rb",\N,", rb",\N,"):  # Two passes each, as above.
         if b"\\" in simple:
             simple = simple.replace(missing, b",,")
     if b"\\" not in simple and b'"' not in simple:
         return simple
     # Not that simple: start again from the original block.
-    line_end = "\r\n" if b"\r" in block else "\n"
-    if not is_plain_csv(block, width):
-        # The csv module reads \\N as \N, but \N as N. So make each \N a \\N.
-        escaped = BARE_MISSING.sub(rb"\1\\\\N", block)
-        return write_rows(read_bare(escaped), (r"\N",), line_end)
-    if rb"\N" not in block:
-        return block
-    return write_rows(csv.reader(as_text_file(block)), (r"\N", r"\\N"), line_end)
+    line_end = "\r\n" if b"\r" in block else "\n"  # The csv module quotes what is in line ends.
+    if is_plain_csv(block, width):
+        if rb"\N" not in block:
+            return block
+        return write_rows(csv.reader(as_text_file(block)), (r"\N", r"\\N"), line_end)
+    # The csv module reads \\N as \N, but \N as N. So turn each \N into \\N.
+    block = BARE_MISSING.sub(rb"\1\\\\N", block)
+    return write_rows(read_bare(block), (r"\N",), line_end)
 
 
 def is_plain_csv(block: bytes, width: int) -> bool:
-    """Whether a block of a bare part is plain CSV after all, with quotes where needed: CircleCI
-    does not write that, but other programs do, and one of them may have saved the file."""
+    """Whether a block of a bare part is plain CSV, with quotes where needed. Every CSV program but
+    CircleCI's writes that, so CircleCI may do so one day."""
     has_quoted_cell = block.startswith(b'"') or b',"' in block or b'\n"' in block
     if not has_quoted_cell:
         return False
@@ -1179,21 +1180,22 @@ def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: 
 
 
 def is_regular(block: bytes, width: int) -> bool:
-    """A fast test whether all rows have `width` cells, and no cell has a quote, comma, or line end.
-    Then the separators of a block are those of one row, repeated: for 3 cells, ,, or "","","" and
-    a line end."""
+    """Whether each line of a block is a row with `width` cells. This test is fast, and may miss a
+    regular block."""
+    # If no name has quotes, commas, or line ends, removing all other bytes leaves the same for each
+    # row. With 3 cells, that is ,, or "","","" and a line end.
     separators = block.translate(None, NOT_SEPARATORS)
     lines = separators.count(b"\n")
     bare_row = b"," * (width - 1) + b"\n"
     quoted_row = b",".join([b'""'] * width) + b"\n"
-    return separators in (bare_row * lines, quoted_row * lines)
+    if separators in (bare_row * lines, quoted_row * lines):
+        return True
+    # Quoted names may have quotes and commas.
+    return {line.count(b'","') for line in block.splitlines()} == {width - 1}
 
 
 def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
     """Line (counted from 0) and number of cells of each row with the wrong number of cells."""
-    # Often, the names in a quoted block just have commas or quotes: each line has width cells.
-    if {line.count(b'","') for line in block.splitlines()} == {width - 1}:
-        return
     line = 0
     reader = csv.reader(as_text_file(block))
     for cells in reader:
@@ -1212,7 +1214,7 @@ def publish_report(merged: Path, settings: Settings) -> Path:
         report = settings.output / f"all_orgs_{datetime.now():%Y%m%d_%H%M%S}_{label}.csv"
         if not report.exists():
             break
-        time.sleep(1)  # until the name is another
+        time.sleep(1)  # until the name changes
     os.rename(merged, report)
     flush_folder(settings.output)
     return report
@@ -1309,8 +1311,8 @@ def split_rows(block: bytes, width: int) -> list[list[bytes]]:
     elif text.startswith(b'"'):
         lines = text[1:-1].split(b'"\n"')
         rows = [line.split(b'","') for line in lines]
-        some_in_cells = quotes > 2 * width * len(rows)
-        if some_in_cells and not all_are_doubled(rows):
+        has_quotes_in_cells = quotes > 2 * width * len(rows)
+        if has_quotes_in_cells and not all_are_doubled(rows):
             rows = []
     if {len(cells) for cells in rows} == {width}:
         return rows
@@ -1323,8 +1325,8 @@ def split_rows(block: bytes, width: int) -> list[list[bytes]]:
 
 
 def all_are_doubled(rows: Iterable[Iterable[bytes]]) -> bool:
-    """Whether all quotes in the cells are doubled. If a row was split at a "," within a name, which
-    is written "","", each half has a single quote."""
+    """Whether all quotes in the cells are doubled, so that each row was split in the right places.
+    The text a","b is a"",""b in the file: split at ",", each half keeps a single quote."""
     contents = b",".join([b",".join(cells) for cells in rows])
     return b'"' not in contents.replace(b'""', b"")
 
@@ -1396,7 +1398,7 @@ def show_summary(report: Path, requested: Mapping[str, str], started: float) -> 
     if has_total:
         log.info("")
         if SEATS in [row.name for row in kinds]:
-            log.info("Credits by project, without %s (25,000 per active user and month):", SEATS)
+            log.info("Credits by project, without %s (25,000 per active user per month):", SEATS)
         show_table("PROJECT", usage.projects.values(), MAX_PROJECTS)
     show_problems(usage)
     size = report.stat().st_size / 1_000_000
@@ -1417,7 +1419,7 @@ def find_or_request_job(settings: Settings, body: dict[str, Any], folder: Path) 
     for part in folder.glob("part-*"):  # left if a run was killed after it removed job.json
         part.unlink()
     if settings.job_id:
-        # Its age is unknown: with this one, the first check is due at once.
+        # Its age is unknown. With this one, the first check is due at once.
         job = Job(settings.job_id, time.time() - CHECK_AGES[0])
         save_job(folder, job)
         return job
@@ -1425,7 +1427,7 @@ def find_or_request_job(settings: Settings, body: dict[str, Any], folder: Path) 
 
 
 def show_next_request(settings: Settings, body: dict[str, Any], folder: Path) -> None:
-    """For a dry run: what the next run sends."""
+    """For a dry run: what the next run does about the export."""
     job = load_job(folder)
     job_id = job.job_id if job else settings.job_id
     if job_id:
