@@ -64,7 +64,6 @@ def test_a_cell_stays_what_it_is(tmp_path, dialect, cell):
         pytest.param(r"1,\\N,\\N,2", ["1", "", "", "2"], id="neighbors"),
         pytest.param(r"1,\N,\\N,\N", ["1", "", "", ""], id="neighbors and the end"),
         pytest.param(r"\N,\N,\N,\N", ["", "", "", ""], id="a whole row"),
-        pytest.param(r"\\N,\\N,\\N,\\N", ["", "", "", ""], id="a whole row, two backslashes"),
         pytest.param(r"\\N,a\,b,\\N,\N", ["", "a,b", "", ""], id="beside an escape"),
         pytest.param(r'\N,5" disk,\\N,\N', ["", '5" disk', "", ""], id="beside a quote"),
         pytest.param(r'\\N,"a, b",\N,\\N', ["", "a, b", "", ""], id="beside a quoted cell"),

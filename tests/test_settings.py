@@ -92,7 +92,6 @@ INVALID = [
     *[case("CIRCLECI_BASE_URL.*https://c", CIRCLECI_BASE_URL=url) for url in INVALID_URLS],
     *[case("--output-dir [a-z]", "--output-dir", path) for path in INVALID_FOLDERS],
     case("missing.env.*--env-file /", "--env-file", "missing.env"),
-    case("CIRCLE_TOKEN", "--job-id", PRIMARY, CIRCLE_TOKEN=None),
     case("--sart", "--sart", "2026-09-01"),
     case("--verbose", "--quiet", "--verbose"),
 ]

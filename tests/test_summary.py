@@ -165,12 +165,6 @@ def test_the_last_line_has_rows_file_size_and_time(fake, run):
     assert re.search(f"Z 2,000 rows, {size:.1f} MB in 0:00:[1-5][0-9]$", result.last_line)
 
 
-@pytest.mark.parametrize("flag", ["--quiet", "--raw"])
-def test_some_runs_have_no_summary(fake, run, flag):
-    result = run(flag)
-    assert result.code == 0 and "CREDITS" not in result.err and " rows" not in result.err
-
-
 def test_with_a_job_id_no_organization_is_marked(fake, run):
     fake.jobs["older-job"] = Job(PRIMARY, {}, created_at=0, empty_answers=0)
     serve(fake, ROWS)

@@ -27,9 +27,7 @@ def get_times(fake) -> list[float]:
     "age, due",
     [
         pytest.param(0, 15, id="the first at 15 s"),
-        pytest.param(15, 26, id="the second"),
         pytest.param(30, 45, id="between two"),
-        pytest.param(1207, 2089, id="the tenth"),
         pytest.param(2100, 3615, id="ten last an hour"),
         pytest.param(3615, 3975, id="6 minutes after that"),
         pytest.param(14415, 14775, id="after the query limit"),
@@ -38,14 +36,6 @@ def get_times(fake) -> list[float]:
 )
 def test_the_next_check_depends_on_the_age_alone(age, due):
     assert next_check_age(age) == pytest.approx(due, abs=1)
-
-
-def test_the_next_check_is_always_in_the_future():
-    age = 0.0
-    while age < 20_000:
-        for moment in (age, age - 1e-9, age + 0.3):
-            assert moment < next_check_age(moment) <= moment + 1530
-        age = next_check_age(age)
 
 
 def test_the_checks_of_a_job_of_4_hours_follow_the_schedule(fake, run):
