@@ -1308,7 +1308,7 @@ def split_rows(block: bytes, width: int) -> list[list[bytes]]:
     quotes = text.count(b'"')
     if quotes == 0:
         rows = [line.split(b",") for line in text.split(b"\n")]
-    elif text.startswith(b'"'):
+    elif text.startswith(b'"') and text.endswith(b'"'):
         lines = text[1:-1].split(b'"\n"')
         rows = [line.split(b'","') for line in lines]
         has_quotes_in_cells = quotes > 2 * width * len(rows)

@@ -218,11 +218,13 @@ def test_the_first_few_irregular_rows_are_named_and_all_counted(fake, run, diale
     assert re.search("Part 1: 20 ", result.err)
 
 
-def test_one_cell_more_and_one_fewer_are_both_named(fake, run):
-    rows = [[PRIMARY, "Acme, Inc.", *row[2:]] for row in RUNS]
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("name", ["Acme", "Acme, Inc."])
+def test_one_cell_more_and_one_fewer_are_both_named(fake, run, name, dialect):
+    rows = [[PRIMARY, name, *range(46)]] * 9
     rows[3] = [*rows[3], 7]
     rows[5] = rows[5][:-1]
-    fake.parts = [[Answer(write([COLUMNS, *rows]))]]
+    fake.parts = [[Answer(write([COLUMNS, *rows], dialect))]]
     err = run().err
     assert "line 5: 49 cells" in err and "line 7: 47 cells" in err
 

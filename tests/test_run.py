@@ -181,6 +181,16 @@ def test_after_a_signal_the_next_run_resumes(
     assert len(fake.requests("POST")) == 1
 
 
+def test_ctrl_c_between_the_report_and_its_path_changes_nothing(run, output):
+    def press(count: int, operation: str) -> None:
+        if operation == "remove job.json":
+            signal.raise_signal(CTRL_C)
+
+    with watch(output, press):
+        result = run()
+    assert result.code == 0 and result.report.exists()
+
+
 @POSIX
 def test_ctrl_c_during_the_summary_is_no_failure(fast, fast_fake, output):
     """The summary of 3,000 organizations fills the pipe, so it lasts until somebody reads it."""
