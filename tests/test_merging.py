@@ -60,7 +60,6 @@ def test_a_cell_stays_what_it_is(tmp_path, dialect, cell):
     "row, cells",
     [
         pytest.param(r"\N,a,b,1", ["", "a", "b", "1"], id="at the start"),
-        pytest.param(r"\\N,a,b,1", ["", "a", "b", "1"], id="two backslashes at the start"),
         pytest.param(r"1,\\N,\\N,2", ["1", "", "", "2"], id="neighbors"),
         pytest.param(r"1,\N,\\N,\N", ["1", "", "", ""], id="neighbors and the end"),
         pytest.param(r"\N,\N,\N,\N", ["", "", "", ""], id="a whole row"),

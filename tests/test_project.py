@@ -77,11 +77,6 @@ def test_the_readme_uses_only_flags_that_exist(flags):
     assert used and used <= flags
 
 
-def test_the_readme_has_the_setup_command_that_the_script_suggests():
-    command = re.search(r"python3 -m venv .*requirements\.txt", SCRIPT)[0]
-    assert command in README.replace(" -q ", " ")
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 def test_the_shell_snippets_of_the_readme_can_be_parsed():
     for snippet in re.findall(r"(?ms)^ *```sh\n(.*?)^ *```", README):
