@@ -1005,7 +1005,8 @@ def open_part(name: str, path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
         raise
     except csv.Error as error:  # such as a NUL byte, before Python 3.11
         path.unlink()
-        raise ReportError(f"{name} is not CSV: {error}. {DOWNLOADED_AGAIN}") from None
+        text = f"{name} has a header or a row that is not CSV: {error}."
+        raise ReportError(f"{text} {DOWNLOADED_AGAIN}") from None
 
 
 def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
