@@ -464,11 +464,11 @@ def cut_window(name: str, window: Window, now: datetime) -> Window:
     latest = today - timedelta(seconds=1)
     if start >= today:
         raise ValueError(f"{name} has no complete day yet.")
-    if start >= end:
-        raise ValueError(f"{name}: the start must be before the end.")
     if end > latest:
         log.warning("The window now ends on %s: CircleCI has no later usage", latest.date())
         end = latest
+    if start >= end:
+        raise ValueError(f"{name}: the start must be before the end.")
     if end - start > timedelta(days=MAX_WINDOW_DAYS):
         raise ValueError(f"{name} is longer than {MAX_WINDOW_DAYS} days.")
     months = (now.year - start.year) * 12 + now.month - start.month
@@ -1006,7 +1006,7 @@ def open_part(name: str, path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     except csv.Error as error:  # such as a NUL byte, before Python 3.11
         path.unlink()
         text = f"{name} has a header or a row that is not CSV: {error}."
-        raise ReportError(f"{text} {DOWNLOADED_AGAIN}") from None
+        raise ReportError(f"{text} --raw writes rows as they are.") from None
 
 
 def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
@@ -1025,7 +1025,7 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
                 first_line = complete_row(part, part.readline(BLOCK)).removeprefix(BOM)
                 if not first_line:
                     continue
-                cells = parse_first_line(first_line)
+                cells = parse_first_line(first_line, len(columns))
                 if is_header(cells):
                     line_number = 2  # of the first row
                     start = b""
@@ -1047,11 +1047,11 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
             raise NoUsage("No usage in that window: the export has no rows. Check the dates.")
 
 
-def parse_first_line(line: bytes) -> list[str]:
-    """The cells of the first line of a part, in either dialect."""
-    if line.startswith(b'"'):
-        return next(csv.reader(as_text_file(line)), [])
-    return next(read_bare(line), [])
+def parse_first_line(line: bytes, width: int) -> list[str]:
+    """The cells of the first line of a part, in either dialect. `width`: of the header, or 0."""
+    if not line.startswith(b'"'):
+        line = convert_bare(line, width)
+    return next(csv.reader(as_text_file(line)), [])
 
 
 def is_header(cells: Sequence[str]) -> bool:
@@ -1098,11 +1098,6 @@ def complete_row(file: IO[bytes] | gzip.GzipFile, lines: bytes) -> bytes:
 def as_text_file(block: bytes) -> io.StringIO:
     """Rows for the csv module. Bytes that are not UTF-8 survive in them."""
     return io.StringIO(block.decode("utf-8", "surrogateescape"), newline="")
-
-
-def read_bare(block: bytes) -> Iterator[list[str]]:
-    """Rows of the bare dialect."""
-    return csv.reader(as_text_file(block), quoting=csv.QUOTE_NONE, escapechar="\\")
 
 
 def convert_rows(
@@ -1153,7 +1148,8 @@ def convert_bare(block: bytes, width: int) -> bytes:
         return write_rows(csv.reader(as_text_file(block)), (r"\N", r"\\N"), line_end)
     # The csv module reads \\N as \N, but \N as N. So turn each \N into \\N.
     block = BARE_MISSING.sub(rb"\1\\\\N", block)
-    return write_rows(read_bare(block), (r"\N",), line_end)
+    rows = csv.reader(as_text_file(block), quoting=csv.QUOTE_NONE, escapechar="\\")
+    return write_rows(rows, (r"\N",), line_end)
 
 
 def is_plain_csv(block: bytes, width: int) -> bool:
@@ -1335,7 +1331,7 @@ def all_are_doubled(rows: Iterable[Iterable[bytes]]) -> bool:
 def count_usage(report: Path) -> Usage:
     """Add up a report in plain CSV. Finds columns by name. Raises csv.Error if it is not CSV."""
     with open(report, "rb") as file:
-        columns = [name.upper() for name in parse_first_line(file.readline())]
+        columns = [name.upper() for name in parse_first_line(file.readline(), 0)]
         usage = Usage(columns)
         for block in read_blocks(file):
             for cells in split_rows(block, len(columns)):
