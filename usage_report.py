@@ -63,7 +63,7 @@ try:
     import urllib3
     from dotenv import dotenv_values
     from dotenv.parser import parse_stream
-    from requests.exceptions import ProxyError, RequestException, SSLError, Timeout
+    from requests.exceptions import ConnectTimeout, ProxyError, RequestException, SSLError, Timeout
 except ImportError as missing:
     setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
     sys.exit(f"{missing}. Run this script with .venv/bin/python. Not set up yet? Run: {setup}")
@@ -150,6 +150,10 @@ class NotFinished(ReportError):
 
 class TemporaryError(NotFinished):
     """A request failed, and a retry may help."""
+
+
+class NoConnection(TemporaryError):
+    """A request failed before it was sent."""
 
 
 class RateLimited(TemporaryError):
@@ -486,8 +490,9 @@ JSON_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
 
 def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
-    """Send one request. `what` names it in messages. Raises TemporaryError if there is no response,
-    ReportError if a setting of the network is wrong."""
+    """Send one request. `what` names it in messages. Raises NoConnection if it was not sent,
+    TemporaryError if there is no response, ReportError if a setting of the network is wrong."""
+    error_class: type[TemporaryError] = NoConnection
     try:
         return requests.request(
             method,
@@ -502,17 +507,22 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
         reason = "cannot use the proxy. Check HTTPS_PROXY."
     except SSLError:
         reason = "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE."
+    except ConnectTimeout:
+        reason = "connecting timed out. Check the network and HTTPS_PROXY."
     except Timeout:
-        reason = "the connection timed out. Check the network and HTTPS_PROXY."
+        error_class = TemporaryError
+        reason = "the response timed out."
     except ValueError:  # InvalidURL, which is a RequestException, too
         text = f"{what} failed: invalid URL. Check CIRCLECI_BASE_URL and HTTPS_PROXY."
         raise ReportError(text) from None
-    except RequestException:
+    except RequestException as error:
+        if not isinstance(error.args[0], urllib3.exceptions.MaxRetryError):  # It had connected.
+            error_class = TemporaryError
         reason = "the connection failed or was lost. Check the network."
     except OSError:  # a plain one; those above are OSErrors, too
         text = f"{what} failed: the CA bundle is missing. Check REQUESTS_CA_BUNDLE."
         raise ReportError(text) from None
-    raise TemporaryError(f"{what} failed: {reason}")
+    raise error_class(f"{what} failed: {reason}")
 
 
 def status_error(response: requests.Response, text: str) -> ReportError:
@@ -832,7 +842,7 @@ def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job
     requested_at = time.time()
     try:
         job_id = call_api(settings, "POST", settings.jobs_path, parse, body)
-    except RateLimited:
+    except (NoConnection, RateLimited):
         raise  # No job has started.
     except TemporaryError as error:
         raise MayHaveStarted(f"{error} CircleCI may have started an export job.") from None

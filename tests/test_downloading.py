@@ -151,7 +151,6 @@ URL_AND_NAME = b'"VCS_URL","VCS_NAME"'
     "number, content, word",
     [
         pytest.param(1, HTML, "header", id="HTML first"),
-        pytest.param(1, JSON, "header", id="JSON first"),
         pytest.param(1, b"\n\n\n", "header", id="empty lines first"),
         pytest.param(1, PARTS[0][len(HEADER) :], "header", id="rows without a header first"),
         pytest.param(2, b"\xef\xbb\xbf" + HTML, "header", id="HTML after a BOM"),

@@ -170,6 +170,18 @@ def test_a_refused_post_is_not_repeated(fake, run, output, answer):
     assert len(fake.requests("POST")) == 1 and leftovers(output) == []
 
 
+def test_a_post_that_cannot_connect_starts_no_export(fake, run, output):
+    def hang_up(count: int, operation: str) -> None:
+        if operation == "open lock":  # the last operation before the POST
+            fake.servers[0].shutdown()
+            fake.servers[0].server_close()
+
+    with watch(output, hang_up):
+        result = run()
+    assert result.code == 75 and "may have started" not in result.err
+    assert not fake.requests("POST") and leftovers(output) == []
+
+
 def test_a_job_id_that_cannot_be_saved_is_in_the_message(fake, run, output):
     def refuse(count: int, operation: str) -> None:
         if operation == "write job.json.new":

@@ -281,12 +281,6 @@ def test_sqlite_reads_the_same_sums(report):
     assert tuple(map(int, answer.stdout.split(","))) == SUMS
 
 
-def test_pandas_reads_the_same_sums(report):
-    pandas = pytest.importorskip("pandas")
-    table = pandas.read_csv(report)
-    assert (len(table), table.TOTAL_CREDITS.sum(), table.JOB_NAME.isna().sum()) == SUMS
-
-
 def test_duckdb_reads_the_same_sums(report):
     duckdb = pytest.importorskip("duckdb")
     select = "SELECT count(*), sum(TOTAL_CREDITS), count(*) - count(JOB_NAME)"

@@ -31,7 +31,6 @@ LOST = Answer(drop=True)
         pytest.param(LOST, 75, "lost", id="a lost connection"),
         pytest.param(Answer(b"{}", cut=1), 75, "lost", id="a connection lost in the body"),
         pytest.param(Answer(b"<html>Sign in"), 1, "JSON", id="HTML"),
-        pytest.param(in_json(["Pat"]), 1, "JSON", id="JSON of another shape"),
     ],
 )
 def test_trouble_that_may_pass_is_retried_five_times(fake, run, answer, code, reason):
