@@ -88,8 +88,8 @@ def test_a_missing_value_of_a_bare_part_is_empty(tmp_path, row, cells):
 )
 def test_ordinary_csv_in_a_bare_part_stays_as_it_is(tmp_path, monkeypatch, row):
     monkeypatch.setattr(usage_report, "BLOCK", 64)
-    content = write([NAMES], "bare") + f"{row}\n".encode() * 20
-    assert merge(tmp_path, [content]).read_bytes() == content
+    header, rows = write([NAMES], "bare"), f"{row}\n".encode() * 20
+    assert merge(tmp_path, [header + rows, rows]).read_bytes() == header + rows + rows
 
 
 @pytest.mark.parametrize(
