@@ -492,7 +492,7 @@ JSON_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
     """Send one request. `what` names it in messages. Raises NoConnection if it was not sent,
     TemporaryError if there is no response, ReportError if a setting of the network is wrong."""
-    error_class: type[TemporaryError] = NoConnection
+    error_class: type[ReportError] = NoConnection
     try:
         return requests.request(
             method,
@@ -513,15 +513,15 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
         error_class = TemporaryError
         reason = "the response timed out."
     except ValueError:  # InvalidURL, which is a RequestException, too
-        text = f"{what} failed: invalid URL. Check CIRCLECI_BASE_URL and HTTPS_PROXY."
-        raise ReportError(text) from None
+        error_class = ReportError
+        reason = "invalid URL. Check CIRCLECI_BASE_URL and HTTPS_PROXY."
     except RequestException as error:
         if not isinstance(error.args[0], urllib3.exceptions.MaxRetryError):  # It had connected.
             error_class = TemporaryError
         reason = "the connection failed or was lost. Check the network."
     except OSError:  # a plain one; those above are OSErrors, too
-        text = f"{what} failed: the CA bundle is missing. Check REQUESTS_CA_BUNDLE."
-        raise ReportError(text) from None
+        error_class = ReportError
+        reason = "the CA bundle is missing. Check REQUESTS_CA_BUNDLE."
     raise error_class(f"{what} failed: {reason}")
 
 
@@ -826,7 +826,7 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
                     raise
                 log.warning("%s", error)
                 pause(POST_PAUSE, "Second and final attempt")
-            except KeyboardInterrupt:  # The POST goes on in its thread.
+            except KeyboardInterrupt:  # The POST continues in its thread.
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 log.warning("Waiting for CircleCI's response, so that the job ID is not lost")
                 post.result()  # If the POST failed, its error ends the run.
@@ -1187,8 +1187,8 @@ def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: 
 
 
 def is_regular(block: bytes, width: int) -> bool:
-    """Whether each line of a block is a row with `width` cells. This test is fast, and may miss a
-    regular block."""
+    """Whether each line of a block is a row with `width` cells. This is fast, not exact: rows that
+    need quotes in a bare part fail, and "," in a quoted name counts as the end of a cell."""
     # If no name has quotes, commas, or line ends, removing all other bytes leaves the same for each
     # row. With 3 cells, that is ,, or "","","" and a line end.
     separators = block.translate(None, NOT_SEPARATORS)

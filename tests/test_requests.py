@@ -130,6 +130,7 @@ BUNDLE = {"REQUESTS_CA_BUNDLE": "missing.pem"}
         pytest.param("TLS", DIRECT, 75, "certificate", id="an untrusted certificate"),
         pytest.param("https://circleci.com", PROXY, 75, "HTTPS_PROXY", id="an unreachable proxy"),
         pytest.param("https://127.0.0.1:9", BUNDLE, 1, "REQUESTS_CA_BUNDLE", id="no CA bundle"),
+        pytest.param("https://.invalid", DIRECT, 1, "CIRCLECI_BASE_URL", id="an invalid host"),
     ],
 )
 def test_the_cause_is_named(run, tmp_path, monkeypatch, url, variables, code, hint):
@@ -143,7 +144,8 @@ def test_the_cause_is_named(run, tmp_path, monkeypatch, url, variables, code, hi
 def test_reading_an_answer_has_a_timeout(fake, run, monkeypatch):
     monkeypatch.setattr(usage_report, "TIMEOUTS", (10, 0.1))
     fake.post_seconds = 0.5
-    assert "timed out" in run().last_line
+    result = run()
+    assert (result.code, "timed out" in result.last_line) == (1, True)
 
 
 # --- Secrets ---
