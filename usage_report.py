@@ -93,8 +93,8 @@ BASE_URL = re.compile(r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\])
 
 # --- This script's choices (times in seconds, sizes in bytes) ---
 
-# The ages at which a job is checked in its first hour. In this geometric series, the delay before a
-# completed job is noticed is proportional to the time that the job has taken.
+# The ages at which a job is checked in its first hour: MAX_REQUESTS of them, each 1.73 times the
+# one before. So the wait after a job is completed is short if the job was short.
 CHECK_AGES = (15, 26, 45, 78, 135, 233, 403, 697, 1207, 2089)
 CHECK_INTERVAL = 3600 // MAX_REQUESTS  # after the first hour
 MIN_WAIT = 3600  # Each run waits at least this long, even for an old job.
@@ -112,7 +112,6 @@ USER_AGENT = f"circleci-usage-report/{__version__}"
 PLACEHOLDER = "your-personal-api-token"  # CIRCLE_TOKEN in .env.example
 EXAMPLE_ID = "b9291e0d-a11e-41fb-8517-c545388b5953"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-DOWNLOADED_AGAIN = "The next run downloads it again."
 
 
 # --- Errors: each class has one meaning and one exit code ---
@@ -132,7 +131,7 @@ class InvalidSetting(ReportError):
 
 
 class NothingToCollect(ReportError):
-    """The export job failed, has no usage, or does not exist."""
+    """The export job failed, has no usage, or does not exist. hold_folder() forgets it."""
 
 
 class NoUsage(NothingToCollect):
@@ -179,7 +178,7 @@ class NotFound(ReportError):
 class MayHaveStarted(ReportError):
     """A POST got no clear response. It may have started an export job."""
 
-    advice = "You can run the command again: the limit is 10 exports an hour."
+    advice = "If you run the command again, it may start a second one; the limit is 10 an hour."
 
 
 # --- Text and progress ---
@@ -451,12 +450,12 @@ def parse_time(name: str, text: str, time_of_day: str) -> datetime:
     if "T" not in text:
         text += time_of_day
     try:
-        moment = datetime.strptime(text, API_TIME).replace(tzinfo=timezone.utc)
-        if moment.strftime(API_TIME) == text:  # strptime also takes 2026-9-1.
-            return moment
+        moment = datetime.strptime(text, API_TIME)
     except ValueError:
-        pass
-    raise ValueError(f"{name} must be a date: YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ.")
+        moment = None
+    if moment is None or moment.strftime(API_TIME) != text:  # strptime also takes 2026-9-1.
+        raise ValueError(f"{name} must be a date: YYYY-MM-DD or YYYY-MM-DDThh:mm:ssZ.")
+    return moment.replace(tzinfo=timezone.utc)
 
 
 def cut_window(name: str, window: Window, now: datetime) -> Window:
@@ -475,7 +474,7 @@ def cut_window(name: str, window: Window, now: datetime) -> Window:
         raise ValueError(f"{name}: the start must be before the end.")
     if end - start > timedelta(days=MAX_WINDOW_DAYS):
         raise ValueError(f"{name} is longer than {MAX_WINDOW_DAYS} days.")
-    months = (now.year - start.year) * 12 + now.month - start.month
+    months = (now.year - start.year) * 12 + now.month - start.month  # without days
     if months > HISTORY_MONTHS or (months == HISTORY_MONTHS and start.day < now.day):
         raise ValueError(f"{name} starts more than {HISTORY_MONTHS} months ago.")
     if end.date() == latest.date() and now.hour < REFRESH_HOUR:
@@ -492,7 +491,7 @@ JSON_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
     """Send one request. `what` names it in messages. Raises NoConnection if it was not sent,
     TemporaryError if there is no response, ReportError if a setting of the network is wrong."""
-    error_class: type[ReportError] = NoConnection
+    error_class: type[ReportError]
     try:
         return requests.request(
             method,
@@ -500,14 +499,17 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
             timeout=TIMEOUTS,
             allow_redirects=False,
             auth=lambda request: request,  # Otherwise, requests adds a login from ~/.netrc.
-            proxies={"http": ""},  # http is only for loopback. A proxy would see the token.
+            proxies={"http": ""},  # none for http, which is for loopback: it would see the token
             **options,
         )
     except ProxyError:
+        error_class = NoConnection
         reason = "cannot use the proxy. Check HTTPS_PROXY."
     except SSLError:
+        error_class = NoConnection
         reason = "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE."
     except ConnectTimeout:
+        error_class = NoConnection
         reason = "connecting timed out. Check the network and HTTPS_PROXY."
     except Timeout:
         error_class = TemporaryError
@@ -516,8 +518,9 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
         error_class = ReportError
         reason = "invalid URL. Check CIRCLECI_BASE_URL and HTTPS_PROXY."
     except RequestException as error:
-        if not isinstance(error.args[0], urllib3.exceptions.MaxRetryError):  # It had connected.
-            error_class = TemporaryError
+        # In requests, a MaxRetryError is the cause if it could not connect, and only then.
+        could_not_connect = isinstance(error.args[0], urllib3.exceptions.MaxRetryError)
+        error_class = NoConnection if could_not_connect else TemporaryError
         reason = "the connection failed or was lost. Check the network."
     except OSError:  # a plain one; those above are OSErrors, too
         error_class = ReportError
@@ -667,7 +670,7 @@ def find_organizations(settings: Settings) -> dict[str, str]:
             names = retry(call_api, settings, "GET", path, parse_organizations)
         except ReportError as error:
             workaround = "Workaround: list the organization IDs in SHARED_ORG_IDS."
-            error.args = (f"{error} {workaround}",)
+            error.args = (f"{error} {workaround}",)  # what str(error) returns
             raise  # the same error, because its class decides the exit code
         if not names:
             log.warning("The plan is not shared: the report covers only the primary organization")
@@ -721,6 +724,7 @@ def flush_folder(folder: Path) -> None:
 
 JOB_FILE = "job.json"
 MERGED_FILE = "merged.csv"
+NO_USAGE = "No usage in that window"
 
 
 class Job(NamedTuple):
@@ -729,7 +733,8 @@ class Job(NamedTuple):
 
 
 def export_folder(settings: Settings, organizations: Iterable[str]) -> Path:
-    """The hidden folder of this export. The same settings give the same folder."""
+    """The hidden folder of this export. Each run with these organizations and this window finds it.
+    Windows end yesterday at the latest, so that of --period this-month is another one tomorrow."""
     if settings.job_id:
         key = [settings.job_id]
     else:
@@ -754,10 +759,11 @@ def hold_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except NothingToCollect:
-        (folder / JOB_FILE).unlink()  # so that the folder is removed below
+        (folder / JOB_FILE).unlink()
         raise
     finally:
         lock_file.close()  # Windows cannot remove an open file.
+        # Without a job, there is nothing to resume.
         if not (folder / JOB_FILE).exists():
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -809,8 +815,8 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
     """Start an export job and save its ID. Both run in a worker thread, so that they can finish
     after Ctrl-C.
 
-    A POST without a clear response may have started a job, and the API does not list jobs. So the
-    POST is retried only once. Raises MayHaveStarted after that."""
+    A POST without a clear response may have started a job, and the API does not list jobs. So it is
+    retried only once. Raises MayHaveStarted after that. A 429 is waited for, however often."""
     unclear_responses = 0
     with ThreadPoolExecutor(1) as executor:
         while True:
@@ -826,10 +832,10 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
                     raise
                 log.warning("%s", error)
                 pause(POST_PAUSE, "Second and final attempt")
-            except KeyboardInterrupt:  # The POST continues in its thread.
+            except KeyboardInterrupt:  # during the POST, which continues in its thread
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 log.warning("Waiting for CircleCI's response, so that the job ID is not lost")
-                post.result()  # If the POST failed, its error ends the run.
+                post.result()  # raises its own error if the POST failed
                 raise
 
 
@@ -844,7 +850,7 @@ def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job
         job_id = call_api(settings, "POST", settings.jobs_path, parse, body)
     except (NoConnection, RateLimited):
         raise  # No job has started.
-    except TemporaryError as error:
+    except TemporaryError as error:  # 408, 5xx, no response, or one that is not the API's JSON
         raise MayHaveStarted(f"{error} CircleCI may have started an export job.") from None
     job = Job(job_id, requested_at)
     try:
@@ -891,7 +897,7 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
     NothingToCollect if it failed or CircleCI does not know it, and the last error if checks fail
     repeatedly."""
     path = f"{settings.jobs_path}/{job.job_id}"
-    give_up_at = max(job.requested_at + EXPORT_LIMIT, time.time() + MIN_WAIT) + MARGIN
+    give_up_at = MARGIN + max(job.requested_at + EXPORT_LIMIT, time.time() + MIN_WAIT)
     next_check = job.requested_at + CHECK_AGES[0]  # past if this run resumes: checks at once
     state = "requested"
     empty_responses = 0
@@ -904,7 +910,7 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
             state, links = call_api(settings, "GET", path, parse_job)
         except RateLimited as error:
             log.warning("%s", error)
-            next_check = time.time() + error.seconds
+            next_check = time.time() + error.seconds  # instead of the scheduled one
         except (NotFound, TemporaryError) as error:
             log.warning("%s", error)
             failures.append(error)
@@ -916,8 +922,8 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
                 return links
             if state == "completed":
                 empty_responses += 1
-            if empty_responses == MAX_EMPTY_RESPONSES:
-                raise NoUsage("No usage in that window: the export has no files. Check the dates.")
+                if empty_responses == MAX_EMPTY_RESPONSES:
+                    raise NoUsage(f"{NO_USAGE}: the export has no files. Check the dates.")
     raise NotFinished(f"Export job {job.job_id} is not finished (state: {state}).")
 
 
@@ -926,7 +932,7 @@ def raise_last(failures: Sequence[ReportError]) -> NoReturn:
     collect."""
     last = failures[-1]
     if all(isinstance(error, NotFound) for error in failures):
-        hint = "The next run requests a new export (without --job-id)."
+        hint = "Without --job-id, the next run requests a new export."
         raise NothingToCollect(f"{last} {hint}")
     raise last
 
@@ -978,7 +984,7 @@ def download_part(name: str, link: str, path: Path) -> None:
 #   bare     any other    x\,y       x"y        x\\y       \N or \\N
 #
 # The report is plain CSV (RFC 4180), where a missing value is an empty cell. So a quoted part is
-# plain CSV already, but for its missing values.
+# plain CSV already, but for its missing values. A bare part may be, too: see is_plain_csv().
 #
 # Rows are converted in blocks that end where a row ends. In a typical block, emptying the missing
 # values is all there is to do, and operations on the whole block do that 10 times faster than the
@@ -990,8 +996,7 @@ MAX_ROW_LINES = 1000  # A quote that is never closed must not make the rest of a
 MAX_NAMED_ROWS = 3  # rows with the wrong number of cells that are named, per part
 DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
 COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*")
-NOT_SEPARATORS = bytes(set(range(256)) - set(b'",\n'))
-# A missing value, and the comma or the start of the line before it.
+# "\N" or \N as a whole cell, with the comma or the start of the line before it.
 QUOTED_MISSING = re.compile(rb'(?m)(^|,)"\\N"(?=,|\r?$)')
 BARE_MISSING = re.compile(rb"(?m)(^|,)\\N(?=,|\r?$)")
 csv.field_size_limit(1 << 30)  # The csv module refuses cells over 128 kB by default.
@@ -999,8 +1004,8 @@ csv.field_size_limit(1 << 30)  # The csv module refuses cells over 128 kB by def
 
 @contextlib.contextmanager
 def open_part(name: str, path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """The content of a part, gzipped or not. A part that turns out to be damaged or wrong is
-    removed."""
+    """The content of a part, gzipped or not. If the block finds the part damaged or wrong, the part
+    is removed."""
     try:
         with open(path, "rb") as file:
             if file.peek(2).startswith(GZIP_MAGIC):
@@ -1031,54 +1036,51 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
         for number, path in enumerate(parts, 1):
             name = f"Part {number}"
             with open_part(name, path) as part:
-                # Limited, because a web page may be one endless line.
-                first_line = complete_row(part, part.readline(BLOCK)).removeprefix(BOM)
-                if not first_line:
+                first_row = complete_row(part, part.readline()).removeprefix(BOM)
+                if not first_row:
                     continue
-                cells = parse_first_line(first_line, len(columns))
-                if is_header(cells):
-                    line_number = 2  # of the first row
-                    start = b""
+                cells = parse_first_row(first_row, len(columns))
+                if begins_with_header(name, cells, columns):
+                    line_number = 2  # of the first row below the header
+                    blocks = read_blocks(part)
                     if not columns:
                         columns = cells
-                        target.write(first_line.removesuffix(b"\n") + b"\n")
+                        target.write(first_row.removesuffix(b"\n") + b"\n")
                 else:
                     line_number = 1
-                    start = first_line
-                check_first_line(name, cells, columns)
-                blocks = read_blocks(part, start)
+                    blocks = read_blocks(part, first_row)
                 if not raw:
-                    quoted = first_line.startswith(b'"')
+                    quoted = first_row.startswith(b'"')
                     blocks = convert_rows(name, blocks, line_number, quoted, len(columns))
                 for block in blocks:
                     target.write(block)
                     has_rows = True
         if not has_rows:
-            raise NoUsage("No usage in that window: the export has no rows. Check the dates.")
+            raise NoUsage(f"{NO_USAGE}: the export has no rows. Check the dates.")
 
 
-def parse_first_line(line: bytes, width: int) -> list[str]:
-    """The cells of the first line of a part, in either dialect. `width`: of the header, or 0."""
-    if not line.startswith(b'"'):
-        line = convert_bare(line, width)
-    return next(csv.reader(as_text_file(line)), [])
+def parse_first_row(row: bytes, width: int) -> list[str]:
+    """The cells of the first row of a part, in either dialect. `width`: of the header, or 0."""
+    if not row.startswith(b'"'):
+        row = convert_bare(row, width)
+    return next(csv.reader(as_text_file(row)), [])
 
 
-def is_header(cells: Sequence[str]) -> bool:
-    """Whether these are names of columns. CircleCI decides which."""
-    return len(cells) >= 2 and all(COLUMN_NAME.fullmatch(cell) for cell in cells)
-
-
-def check_first_line(name: str, cells: Sequence[str], columns: Sequence[str]) -> None:
-    """Raise ReportError unless a part begins with the header of the report or with a row."""
-    if is_header(cells) and cells != columns:
+def begins_with_header(name: str, cells: Sequence[str], columns: Sequence[str]) -> bool:
+    """Whether the first row of a part is the header. Raises ReportError if it differs from the
+    header of earlier parts (`columns`), or if it is neither a header nor a row."""
+    hint = "The next run downloads it again."
+    is_header = len(cells) >= 2 and all(COLUMN_NAME.fullmatch(cell) for cell in cells)
+    if is_header and columns and cells != columns:
         missing = clean(", ".join(set(columns) - set(cells)) or "none")
         added = clean(", ".join(set(cells) - set(columns)) or "none")
         text = f"{name}: the columns or their order differ from those of earlier parts"
-        raise ReportError(f"{text} (missing: {missing}; new: {added}). {DOWNLOADED_AGAIN}")
-    if len(cells) != len(columns) or not columns:
+        raise ReportError(f"{text} (missing: {missing}; new: {added}). {hint}")
+    is_row = columns and len(cells) == len(columns)
+    if not is_header and not is_row:
         text = f"{name} begins with neither a header nor a row. It may be a web page or JSON."
-        raise ReportError(f"{text} {DOWNLOADED_AGAIN}")
+        raise ReportError(f"{text} {hint}")
+    return is_header
 
 
 def read_blocks(file: IO[bytes] | gzip.GzipFile, start: bytes = b"") -> Iterator[bytes]:
@@ -1095,7 +1097,7 @@ def read_blocks(file: IO[bytes] | gzip.GzipFile, start: bytes = b"") -> Iterator
 def complete_row(file: IO[bytes] | gzip.GzipFile, lines: bytes) -> bytes:
     """Lines, and those that follow in the file until the last row is complete: its quotes are
     closed, and (in the bare dialect) its line end is not escaped. A bare x"y looks like an open
-    quote, but that only adds lines."""
+    quote, but that only adds complete rows."""
     for _ in range(MAX_ROW_LINES):
         escaped = lines.endswith((b"\\\n", b"\\\r\n"))
         within_quotes = lines.count(b'"') % 2 == 1
@@ -1132,34 +1134,36 @@ def convert_rows(
 
 
 def convert_quoted(block: bytes) -> bytes:
-    r"""Rows of the quoted dialect as plain CSV: "a","\N","b" becomes "a","","b".
-
-    Text like ,"\N", in a name is left alone: its quotes are doubled, so it does not match."""
-    for _ in range(2):  # One pass empties every other neighbor, because they share a comma.
-        block = block.replace(rb',"\N",', b',"",')
-    if b"\\" in block:  # at the edges of rows, or in names
-        block = QUOTED_MISSING.sub(rb'\1""', block)
-    return block
+    r"""Rows of the quoted dialect as plain CSV: "a","\N","b" becomes "a","","b"."""
+    # Text may hold "\N", too. Its quotes are doubled, so another quote precedes or follows the \N.
+    if rb'""\N' in block or rb'\N""' in block:
+        return QUOTED_MISSING.sub(rb'\1""', block)
+    return block.replace(rb'"\N"', b'""')
 
 
 def convert_bare(block: bytes, width: int) -> bytes:
     r"""Rows of the bare dialect as plain CSV: a,\N,x\,y becomes a,,"x,y"."""
     simple = block
-    for missing in (rb",\\N,", rb",\\N,", rb",\N,", rb",\N,"):  # Two passes each, as above.
+    # Each twice, because neighbors share a comma: the first pass misses every other one.
+    for missing in (rb",\\N,", rb",\\N,", rb",\N,", rb",\N,"):
         if b"\\" in simple:
             simple = simple.replace(missing, b",,")
     if b"\\" not in simple and b'"' not in simple:
         return simple
-    # Not that simple: start again from the original block.
-    line_end = "\r\n" if b"\r" in block else "\n"  # The csv module quotes what is in line ends.
+    return convert_bare_slowly(block, width)
+
+
+def convert_bare_slowly(block: bytes, width: int) -> bytes:
+    """The same for any rows of the bare dialect, by the csv module."""
+    # csv.writer quotes a cell with a \r if its line end has one, too.
+    line_end = "\r\n" if b"\r" in block else "\n"
     if is_plain_csv(block, width):
         if rb"\N" not in block:
             return block
         return write_rows(csv.reader(as_text_file(block)), (r"\N", r"\\N"), line_end)
-    # The csv module reads \\N as \N, but \N as N. So turn each \N into \\N.
-    block = BARE_MISSING.sub(rb"\1\\\\N", block)
+    block = BARE_MISSING.sub(rb"\1", block)
     rows = csv.reader(as_text_file(block), quoting=csv.QUOTE_NONE, escapechar="\\")
-    return write_rows(rows, (r"\N",), line_end)
+    return write_rows(rows, (r"\N",), line_end)  # It has read \\N as \N.
 
 
 def is_plain_csv(block: bytes, width: int) -> bool:
@@ -1187,18 +1191,12 @@ def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: 
 
 
 def is_regular(block: bytes, width: int) -> bool:
-    """Whether each line of a block is a row with `width` cells. This is fast, not exact: rows that
-    need quotes in a bare part fail, and "," in a quoted name counts as the end of a cell."""
-    # If no name has quotes, commas, or line ends, removing all other bytes leaves the same for each
-    # row. With 3 cells, that is ,, or "","","" and a line end.
-    separators = block.translate(None, NOT_SEPARATORS)
-    lines = separators.count(b"\n")
-    bare_row = b"," * (width - 1) + b"\n"
-    quoted_row = b",".join([b'""'] * width) + b"\n"
-    if separators in (bare_row * lines, quoted_row * lines):
-        return True
-    # Quoted names may have quotes and commas.
-    return {line.count(b'","') for line in block.splitlines()} == {width - 1}
+    """A fast check whether all rows of a block of plain CSV have `width` cells.
+
+    False is often wrong, for example if only some cells have quotes: an exact check follows. True
+    is wrong if a row lacks a cell and has "," in a name: the summary still counts that row."""
+    separator = b'","' if b'"' in block else b","
+    return {line.count(separator) for line in block.splitlines()} == {width - 1}
 
 
 def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
@@ -1209,22 +1207,6 @@ def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
         if cells and len(cells) != width:
             yield line, len(cells)
         line = reader.line_num  # where the next row starts
-
-
-def publish_report(merged: Path, settings: Settings) -> Path:
-    """Give the merged file its final name, which no file has yet. Returns its path."""
-    label = settings.job_id
-    if settings.window:
-        start, end = settings.window
-        label = f"{start.date()}_{end.date()}"
-    while True:
-        report = settings.output / f"all_orgs_{datetime.now():%Y%m%d_%H%M%S}_{label}.csv"
-        if not report.exists():
-            break
-        time.sleep(1)  # until the name changes
-    os.rename(merged, report)
-    flush_folder(settings.output)
-    return report
 
 
 # --- Summary, from the finished report ---
@@ -1261,14 +1243,14 @@ class Usage:
         self.missing_columns = [name for name in (*LABELS, TOTAL) if name not in columns]
         places = []
         for name in (*LABELS, *[kind.name for kind in self.kinds]):
-            # A missing column is at -1, where add() appends an empty cell.
+            # A missing column is at -1, where add() puts an empty cell.
             places.append(columns.index(name) if name in columns else -1)
         self.pick = itemgetter(*places)
 
-    def add(self, cells: list[bytes]) -> None:
+    def add(self, cells: Sequence[bytes]) -> None:
         """Count a row of the report."""
-        cells.append(b"")
-        organization_id, organization_name, project_id, project_name, *credits = self.pick(cells)
+        picked = self.pick([*cells, b""])
+        organization_id, organization_name, project_id, project_name, *credits = picked
         organization = self.organizations[organization_id or organization_name]
         project = self.projects[organization_id, project_id or project_name]
         if organization.rows == 0:
@@ -1311,17 +1293,16 @@ def split_rows(block: bytes, width: int) -> list[list[bytes]]:
     Rows of bare cells are split at commas, rows of quoted cells at ",". If any other row is among
     them, the csv module reads the block, which takes three times as long."""
     rows = []
-    text = block.replace(b"\r\n", b"\n").removesuffix(b"\n")
-    quotes = text.count(b'"')
-    if quotes == 0:
+    if b"\r" in block:
+        block = block.replace(b"\r\n", b"\n")
+    text = block.removesuffix(b"\n")
+    if b'"' not in text:
         rows = [line.split(b",") for line in text.split(b"\n")]
     elif text.startswith(b'"') and text.endswith(b'"'):
         lines = text[1:-1].split(b'"\n"')
         rows = [line.split(b'","') for line in lines]
-        has_quotes_in_cells = quotes > 2 * width * len(rows)
-        if has_quotes_in_cells and not all_are_doubled(rows):
-            rows = []
-    if {len(cells) for cells in rows} == {width}:
+    widths = {len(cells) for cells in rows}
+    if widths == {width} and all_are_doubled(text, rows, width):
         return rows
     rows = []
     for row in csv.reader(as_text_file(block)):
@@ -1331,17 +1312,20 @@ def split_rows(block: bytes, width: int) -> list[list[bytes]]:
     return rows
 
 
-def all_are_doubled(rows: Iterable[Iterable[bytes]]) -> bool:
-    """Whether all quotes in the cells are doubled, so that each row was split in the right places.
-    The text a","b is a"",""b in the file: split at ",", each half keeps a single quote."""
+def all_are_doubled(text: bytes, rows: Sequence[Sequence[bytes]], width: int) -> bool:
+    """Whether all quotes in cells are doubled: then `text` was split in the right places. A cell
+    with the text a","b is "a"",""b". Split at ",", each half keeps a single quote."""
+    quotes_in_cells = text.count(b'"') - 2 * width * len(rows)  # Each cell has 2 around it.
+    if quotes_in_cells <= 0:
+        return True
     contents = b",".join([b",".join(cells) for cells in rows])
-    return contents.count(b'"') == 2 * contents.count(b'""')
+    return 2 * contents.count(b'""') == quotes_in_cells
 
 
 def count_usage(report: Path) -> Usage:
     """Add up a report in plain CSV. Finds columns by name. Raises csv.Error if it is not CSV."""
     with open(report, "rb") as file:
-        columns = [name.upper() for name in parse_first_line(file.readline(), 0)]
+        columns = [name.upper() for name in parse_first_row(file.readline(), 0)]
         usage = Usage(columns)
         for block in read_blocks(file):
             for cells in split_rows(block, len(columns)):
@@ -1444,6 +1428,22 @@ def show_next_request(settings: Settings, body: dict[str, Any], folder: Path) ->
         log.info("%s", json.dumps(body))
 
 
+def publish_report(merged: Path, settings: Settings) -> Path:
+    """Give the merged file its final name, which no file has yet. Returns its path."""
+    label = settings.job_id
+    if settings.window:
+        start, end = settings.window
+        label = f"{start.date()}_{end.date()}"
+    while True:
+        report = settings.output / f"all_orgs_{datetime.now():%Y%m%d_%H%M%S}_{label}.csv"
+        if not report.exists():
+            break
+        time.sleep(1)  # until the name changes
+    os.rename(merged, report)
+    flush_folder(settings.output)
+    return report
+
+
 def run(args: argparse.Namespace) -> None:
     """The steps of a run. Raises ReportError, or OSError for file errors."""
     started = time.time()
@@ -1469,16 +1469,16 @@ def run(args: argparse.Namespace) -> None:
         parts = download_parts(links, folder)
         log.log(LIVE, "Merging %d parts", len(parts))
         merge_parts(parts, folder / MERGED_FILE, args.raw)
-        ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the path is printed
+        ctrl_c_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the path is printed
         report = publish_report(folder / MERGED_FILE, settings)
-        (folder / JOB_FILE).unlink()
+        (folder / JOB_FILE).unlink()  # so that hold_folder() removes the folder
     log.info("The report is complete:")
     sys.stdout.buffer.write(os.fsencode(f"{report}\n"))  # whatever the encoding of stdout
     sys.stdout.flush()
     if args.quiet or args.raw:
         return
     try:
-        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGINT, ctrl_c_handler)
         show_summary(report, organizations, started)
     except KeyboardInterrupt:
         log.info("The summary was interrupted. The report is complete.")
@@ -1492,7 +1492,7 @@ RESUME_HINT = "An export job that has started is kept: fix this, and run the sam
 def main(argv: Sequence[str] | None = None) -> int:
     """Run once and turn failures into a message and an exit code."""
     args = parse_arguments(argv)
-    level = TICK
+    level = TICK  # all but debug messages
     if args.verbose:
         level = logging.DEBUG
     if args.quiet:
