@@ -1121,12 +1121,11 @@ def convert_rows(
     irregular = 0
     for block in blocks:
         converted = convert_quoted(block) if quoted else convert_bare(block, width)
-        if not is_regular(converted, width):
-            for line, cells in find_irregular_rows(converted, width):
-                irregular += 1
-                if irregular <= MAX_NAMED_ROWS:
-                    text = "%s, line %d: %d cells instead of %d"
-                    log.warning(text, name, line_number + line, cells, width)
+        for line, cells in find_irregular_rows(converted, width):
+            irregular += 1
+            if irregular <= MAX_NAMED_ROWS:
+                text = "%s, line %d: %d cells instead of %d"
+                log.warning(text, name, line_number + line, cells, width)
         line_number += block.count(b"\n")
         yield converted
     if irregular > MAX_NAMED_ROWS:
@@ -1190,17 +1189,14 @@ def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: 
     return output.getvalue().encode("utf-8", "surrogateescape")
 
 
-def is_regular(block: bytes, width: int) -> bool:
-    """A fast check whether all rows of a block of plain CSV have `width` cells.
-
-    False is often wrong, for example if only some cells have quotes: an exact check follows. True
-    is wrong if a row lacks a cell and has "," in a name: the summary still counts that row."""
-    separator = b'","' if b'"' in block else b","
-    return {line.count(separator) for line in block.splitlines()} == {width - 1}
-
-
 def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
-    """Line (counted from 0) and number of cells of each row with the wrong number of cells."""
+    """Line (counted from 0) and number of cells of each row with the wrong number of cells, in a
+    block of plain CSV."""
+    # Usually, each line has width - 1 separators. Then the slow search below is not necessary. (It
+    # would also find a row that lacks a cell and has "," in a name. The summary counts that row.)
+    separator = b'","' if b'"' in block else b","
+    if {line.count(separator) for line in block.splitlines()} == {width - 1}:
+        return
     line = 0
     reader = csv.reader(as_text_file(block))
     for cells in reader:
