@@ -94,7 +94,7 @@ BASE_URL = re.compile(r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\])
 # --- This script's choices (times in seconds, sizes in bytes) ---
 
 # The ages at which a job is checked in its first hour: MAX_REQUESTS of them, each 1.73 times the
-# one before. So the wait after a job is completed is short if the job was short.
+# one before. So a short job is noticed soon after it is completed.
 CHECK_AGES = (15, 26, 45, 78, 135, 233, 403, 697, 1207, 2089)
 CHECK_INTERVAL = 3600 // MAX_REQUESTS  # after the first hour
 MIN_WAIT = 3600  # Each run waits at least this long, even for an old job.
@@ -102,7 +102,7 @@ MARGIN = 15 * 60  # added to EXPORT_LIMIT and to MIN_WAIT
 MAX_FAILED_CHECKS = 5  # in a row
 MAX_EMPTY_RESPONSES = 3  # that say "completed" and have no links
 RETRY_PAUSES = (1, 2, 4, 8, 16)
-POST_PAUSE = 15  # before a POST without a response is retried
+POST_PAUSE = 15  # before a POST without a clear response is retried
 TIMEOUTS = (10, 60)  # to connect, and between two reads
 BLOCK = 1 << 17
 MAX_TEXT = 300  # characters shown of text from outside
@@ -178,7 +178,7 @@ class NotFound(ReportError):
 class MayHaveStarted(ReportError):
     """A POST got no clear response. It may have started an export job."""
 
-    advice = "If you run the command again, it may start a second one; the limit is 10 an hour."
+    advice = "Running the command again may start another one: the limit is 10 an hour."
 
 
 # --- Text and progress ---
@@ -695,7 +695,7 @@ def show_request(settings: Settings, organizations: Mapping[str, str]) -> None:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name once it is complete and flushed to disk, and is removed if the
-    block fails."""
+    block fails. A draft that a killed run has left is overwritten."""
     draft = path.with_name(f"{path.name}.new")
     try:
         with open(draft, "wb") as file:
@@ -734,7 +734,7 @@ class Job(NamedTuple):
 
 def export_folder(settings: Settings, organizations: Iterable[str]) -> Path:
     """The hidden folder of this export. Each run with these organizations and this window finds it.
-    Windows end yesterday at the latest, so that of --period this-month is another one tomorrow."""
+    A window ends yesterday at the latest, so --period this-month has another folder tomorrow."""
     if settings.job_id:
         key = [settings.job_id]
     else:
@@ -816,7 +816,8 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
     after Ctrl-C.
 
     A POST without a clear response may have started a job, and the API does not list jobs. So it is
-    retried only once. Raises MayHaveStarted after that. A 429 is waited for, however often."""
+    retried only once. Raises MayHaveStarted after that. After a 429, the POST is always retried;
+    without a connection, it is not."""
     unclear_responses = 0
     with ThreadPoolExecutor(1) as executor:
         while True:
@@ -898,7 +899,7 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
     repeatedly."""
     path = f"{settings.jobs_path}/{job.job_id}"
     give_up_at = MARGIN + max(job.requested_at + EXPORT_LIMIT, time.time() + MIN_WAIT)
-    next_check = job.requested_at + CHECK_AGES[0]  # past if this run resumes: checks at once
+    next_check = job.requested_at + CHECK_AGES[0]  # This is past if the run resumes: no wait.
     state = "requested"
     empty_responses = 0
     failures: list[ReportError] = []  # in a row
@@ -992,6 +993,7 @@ def download_part(name: str, link: str, path: Path) -> None:
 
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
+BACKSLASH = b"\\"
 MAX_ROW_LINES = 1000  # A quote that is never closed must not make the rest of a part one row.
 MAX_NAMED_ROWS = 3  # rows with the wrong number of cells that are named, per part
 DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
@@ -1060,7 +1062,8 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
 
 
 def parse_first_row(row: bytes, width: int) -> list[str]:
-    """The cells of the first row of a part, in either dialect. `width`: of the header, or 0."""
+    """The cells of the first row of a part, in either dialect. `width` is that of the header, or 0
+    if there is none yet."""
     if not row.startswith(b'"'):
         row = convert_bare(row, width)
     return next(csv.reader(as_text_file(row)), [])
@@ -1097,7 +1100,7 @@ def read_blocks(file: IO[bytes] | gzip.GzipFile, start: bytes = b"") -> Iterator
 def complete_row(file: IO[bytes] | gzip.GzipFile, lines: bytes) -> bytes:
     """Lines, and those that follow in the file until the last row is complete: its quotes are
     closed, and (in the bare dialect) its line end is not escaped. A bare x"y looks like an open
-    quote, but that only adds complete rows."""
+    quote. Then the result has more rows than necessary."""
     for _ in range(MAX_ROW_LINES):
         escaped = lines.endswith((b"\\\n", b"\\\r\n"))
         within_quotes = lines.count(b'"') % 2 == 1
@@ -1134,7 +1137,7 @@ def convert_rows(
 
 def convert_quoted(block: bytes) -> bytes:
     r"""Rows of the quoted dialect as plain CSV: "a","\N","b" becomes "a","","b"."""
-    # Text may hold "\N", too. Its quotes are doubled, so another quote precedes or follows the \N.
+    # Text may hold "\N", too, but its quotes are doubled: ""\N or \N"". Then look at whole cells.
     if rb'""\N' in block or rb'\N""' in block:
         return QUOTED_MISSING.sub(rb'\1""', block)
     return block.replace(rb'"\N"', b'""')
@@ -1145,24 +1148,29 @@ def convert_bare(block: bytes, width: int) -> bytes:
     simple = block
     # Each twice, because neighbors share a comma: the first pass misses every other one.
     for missing in (rb",\\N,", rb",\\N,", rb",\N,", rb",\N,"):
-        if b"\\" in simple:
+        if BACKSLASH in simple:
             simple = simple.replace(missing, b",,")
-    if b"\\" not in simple and b'"' not in simple:
+    if BACKSLASH not in simple and b'"' not in simple:
         return simple
     return convert_bare_slowly(block, width)
 
 
 def convert_bare_slowly(block: bytes, width: int) -> bytes:
     """The same for any rows of the bare dialect, by the csv module."""
-    # csv.writer quotes a cell with a \r if its line end has one, too.
-    line_end = "\r\n" if b"\r" in block else "\n"
     if is_plain_csv(block, width):
         if rb"\N" not in block:
             return block
-        return write_rows(csv.reader(as_text_file(block)), (r"\N", r"\\N"), line_end)
-    block = BARE_MISSING.sub(rb"\1", block)
-    rows = csv.reader(as_text_file(block), quoting=csv.QUOTE_NONE, escapechar="\\")
-    return write_rows(rows, (r"\N",), line_end)  # It has read \\N as \N.
+        rows = csv.reader(as_text_file(block))
+        missing = [r"\N", r"\\N"]
+    else:
+        # The csv module removes the backslash that escapes a character. So it would read \N as N:
+        # empty these cells before. It reads \\N as \N.
+        block = BARE_MISSING.sub(rb"\1", block)
+        rows = csv.reader(as_text_file(block), quoting=csv.QUOTE_NONE, escapechar="\\")
+        missing = [r"\N"]
+    # A cell with a \r needs quotes. The csv module adds them only if line ends have a \r, too.
+    line_end = "\r\n" if b"\r" in block else "\n"
+    return write_rows(rows, missing, line_end)
 
 
 def is_plain_csv(block: bytes, width: int) -> bool:
@@ -1192,8 +1200,8 @@ def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: 
 def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
     """Line (counted from 0) and number of cells of each row with the wrong number of cells, in a
     block of plain CSV."""
-    # Usually, each line has width - 1 separators. Then the slow search below is not necessary. (It
-    # would also find a row that lacks a cell and has "," in a name. The summary counts that row.)
+    # Usually, each line has width - 1 separators, and that is all. (This misses a row that lacks a
+    # cell and has "," in a name. The summary still counts it.)
     separator = b'","' if b'"' in block else b","
     if {line.count(separator) for line in block.splitlines()} == {width - 1}:
         return
@@ -1406,7 +1414,7 @@ def find_or_request_job(settings: Settings, body: dict[str, Any], folder: Path) 
     for part in folder.glob("part-*"):  # left if a run was killed after it removed job.json
         part.unlink()
     if settings.job_id:
-        # Its age is unknown. With this one, the first check is due at once.
+        # Its age is unknown. As if it were 15 seconds old, it is checked at once.
         job = Job(settings.job_id, time.time() - CHECK_AGES[0])
         save_job(folder, job)
         return job
