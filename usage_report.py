@@ -178,7 +178,10 @@ class NotFound(ReportError):
 class MayHaveStarted(ReportError):
     """A POST got no clear response. It may have started an export job."""
 
-    advice = "Running the command again may start another one: the limit is 10 an hour."
+    advice = (
+        "CircleCI may have started an export job. Running the command again may start another: "
+        "the limit is 10 an hour."
+    )
 
 
 # --- Text and progress ---
@@ -816,8 +819,8 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
     after Ctrl-C.
 
     A POST without a clear response may have started a job, and the API does not list jobs. So it is
-    retried only once. Raises MayHaveStarted after that. After a 429, the POST is always retried;
-    without a connection, it is not."""
+    retried only once. Raises MayHaveStarted if that fails, too. After a 429, the POST is always
+    retried; without a connection, it is not."""
     unclear_responses = 0
     with ThreadPoolExecutor(1) as executor:
         while True:
@@ -827,6 +830,10 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
             except RateLimited as error:
                 log.warning("%s", error)
                 pause(error.seconds, "Retry")
+            except NoConnection as error:
+                if unclear_responses == 0:
+                    raise
+                raise MayHaveStarted(str(error)) from None
             except MayHaveStarted as error:
                 unclear_responses += 1
                 if unclear_responses == 2:
@@ -850,9 +857,9 @@ def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job
     try:
         job_id = call_api(settings, "POST", settings.jobs_path, parse, body)
     except (NoConnection, RateLimited):
-        raise  # No job has started.
+        raise  # This POST has started no job.
     except TemporaryError as error:  # 408, 5xx, no response, or one that is not the API's JSON
-        raise MayHaveStarted(f"{error} CircleCI may have started an export job.") from None
+        raise MayHaveStarted(str(error)) from None
     job = Job(job_id, requested_at)
     try:
         save_job(folder, job)
@@ -898,13 +905,14 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
     NothingToCollect if it failed or CircleCI does not know it, and the last error if checks fail
     repeatedly."""
     path = f"{settings.jobs_path}/{job.job_id}"
-    give_up_at = MARGIN + max(job.requested_at + EXPORT_LIMIT, time.time() + MIN_WAIT)
+    give_up_at = max(job.requested_at + EXPORT_LIMIT, time.time() + MIN_WAIT) + MARGIN
     next_check = job.requested_at + CHECK_AGES[0]  # This is past if the run resumes: no wait.
     state = "requested"
     empty_responses = 0
     failures: list[ReportError] = []  # in a row
     while next_check < give_up_at:
         pause(next_check - time.time(), f"Export job: {state}. Next check")
+        # Set before the request, so that a slow response does not shift the schedule.
         age = round(time.time() - job.requested_at)
         next_check = job.requested_at + next_check_age(age)
         try:
@@ -942,7 +950,8 @@ def raise_last(failures: Sequence[ReportError]) -> NoReturn:
 
 
 def download_parts(links: Sequence[str], folder: Path) -> list[Path]:
-    """The files of all parts, in order. Parts from an earlier run are reused."""
+    """The files of all parts, in order. Parts from an earlier run are reused. This relies on
+    CircleCI to list the links of a job in the same order each time."""
     paths = []
     for number, link in enumerate(links, 1):
         name = f"Part {number} of {len(links)}"
@@ -984,8 +993,9 @@ def download_part(name: str, link: str, path: Path) -> None:
 #   quoted   a quote      "x,y"      "x""y"     "x\y"      "\N"
 #   bare     any other    x\,y       x"y        x\\y       \N or \\N
 #
-# The report is plain CSV (RFC 4180), where a missing value is an empty cell. So a quoted part is
-# plain CSV already, but for its missing values. A bare part may be, too: see is_plain_csv().
+# The report is plain CSV (RFC 4180), where a missing value is an empty cell, and any cell may have
+# quotes. So rows of a quoted part keep theirs, and rows of a bare part get them where needed. (A
+# bare part may have blocks that are plain CSV already: see is_plain_csv().)
 #
 # Rows are converted in blocks that end where a row ends. In a typical block, emptying the missing
 # values is all there is to do, and operations on the whole block do that 10 times faster than the
@@ -1120,7 +1130,7 @@ def convert_rows(
 ) -> Iterator[bytes]:
     """The rows of a part as plain CSV, in blocks. `line_number` is that of the first row.
 
-    A row with more or fewer cells than the header stays as it is; a notice names the first few."""
+    A row with more or fewer cells than the header is kept; a notice names the first few."""
     irregular = 0
     for block in blocks:
         converted = convert_quoted(block) if quoted else convert_bare(block, width)
@@ -1181,7 +1191,7 @@ def is_plain_csv(block: bytes, width: int) -> bool:
         return False
     try:
         for cells in csv.reader(as_text_file(block), strict=True):
-            if cells and len(cells) != width:
+            if len(cells) != width:
                 return False
     except csv.Error:
         return False
@@ -1208,7 +1218,7 @@ def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
     line = 0
     reader = csv.reader(as_text_file(block))
     for cells in reader:
-        if cells and len(cells) != width:
+        if len(cells) != width:
             yield line, len(cells)
         line = reader.line_num  # where the next row starts
 
@@ -1311,14 +1321,13 @@ def split_rows(block: bytes, width: int) -> list[list[bytes]]:
     rows = []
     for row in csv.reader(as_text_file(block)):
         cells = [cell.replace('"', '""') for cell in row]
-        if cells:
-            rows.append([cell.encode("utf-8", "surrogateescape") for cell in cells])
+        rows.append([cell.encode("utf-8", "surrogateescape") for cell in cells])
     return rows
 
 
 def all_are_doubled(text: bytes, rows: Sequence[Sequence[bytes]], width: int) -> bool:
     """Whether all quotes in cells are doubled: then `text` was split in the right places. A cell
-    with the text a","b is "a"",""b". Split at ",", each half keeps a single quote."""
+    with the text a","b is "a"",""b" there. Split at ",", each half keeps a single quote."""
     quotes_in_cells = text.count(b'"') - 2 * width * len(rows)  # Each cell has 2 around it.
     if quotes_in_cells <= 0:
         return True

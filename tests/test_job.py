@@ -182,6 +182,18 @@ def test_a_post_that_cannot_connect_starts_no_export(fake, run, output):
     assert not fake.requests("POST") and leftovers(output) == []
 
 
+def test_after_an_unclear_answer_a_post_that_cannot_connect_fails(fake, run, clock, monkeypatch):
+    def hang_up(seconds: float) -> None:
+        fake.servers[0].shutdown()
+        fake.servers[0].server_close()
+        clock.sleep(seconds)
+
+    fake.plan("POST", problem(502, "?"))
+    monkeypatch.setattr("time.sleep", hang_up)
+    result = run()
+    assert result.code == 1 and "may have started" in result.last_line
+
+
 def test_a_job_id_that_cannot_be_saved_is_in_the_message(fake, run, output):
     def refuse(count: int, operation: str) -> None:
         if operation == "write job.json.new":

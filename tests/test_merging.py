@@ -44,6 +44,8 @@ def merge(folder, parts, raw=False):
         pytest.param('5" disk', id="one quote"),
         pytest.param("C:\\New\\", id="backslashes"),
         pytest.param("a,\\N", id="a comma before a backslash and N"),
+        pytest.param('"\\N', id="a quote before a backslash and N"),
+        pytest.param('\\N"', id="a quote after a backslash and N"),
         pytest.param("\\\\N", id="two backslashes and N"),
         pytest.param("gr\u00fcn \u682a\U0001f680", id="non-ASCII"),
         pytest.param("two\nlines", id="a line feed"),
@@ -183,7 +185,6 @@ def test_a_later_part_without_a_header_is_all_rows(tmp_path, dialect, name):
     [
         pytest.param("main", 17, id="usual names"),
         pytest.param("a,b", 17, id="names with commas"),
-        pytest.param('say "hi"', 17, id="names with quotes"),
         pytest.param("two\nlines", 32, id="names with line feeds"),
     ],
 )
@@ -194,14 +195,15 @@ def test_an_irregular_row_is_kept_and_named(fake, run, monkeypatch, dialect, nam
     for cells in (48, 49, 47):
         rows[15] = [*RUNS[15], 7][:cells]
         rows[15][1] = name
-        fake.parts.append([Answer(write([COLUMNS, *rows], dialect))])
+        header = [] if cells == 47 else [COLUMNS]
+        fake.parts.append([Answer(write([*header, *rows], dialect))])
     result = run()
     assert len(read_report(result.report)) == 61
     assert read_report(result.report)[41:] == as_text(rows)
     named = re.findall("notice: (Part .*)", result.err)
     assert len(named) == 2
     assert re.match(f"Part 2, line {line}: 49 cells .*48", named[0])
-    assert re.match(f"Part 3, line {line}: 47 cells .*48", named[1])
+    assert re.match(f"Part 3, line {line - 1}: 47 cells .*48", named[1])
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

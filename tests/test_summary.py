@@ -16,7 +16,7 @@ LINE = re.compile(r"\S+Z +(-?[\d,.]+) +(-?[\d.]+%) +#* +([\d,]+)  (.*)")
 def make_row(columns=COLUMNS, **cells):
     cells = {"ORGANIZATION_ID": PRIMARY, "PROJECT_NAME": "api", **cells}
     cells.setdefault("ORGANIZATION_NAME", ORGANIZATIONS[cells["ORGANIZATION_ID"]])
-    cells.setdefault("PROJECT_ID", "ID of " + cells["PROJECT_NAME"])
+    cells.setdefault("PROJECT_ID", cells["PROJECT_NAME"].encode().hex())
     return [cells.get(name, 0 if name.endswith("_CREDITS") else None) for name in columns]
 
 
@@ -95,7 +95,7 @@ def test_a_kind_that_circleci_adds_is_shown_wherever_it_stands(fake, run):
     "credits, total",
     [
         pytest.param(["0.1", "0.2"], "0.3", id="decimals add up exactly"),
-        pytest.param(["12.50", "12.50"], "25", id="zeros at the end"),
+        pytest.param(["12.50", "12.5"], "25", id="zeros at the end"),
         pytest.param(["9007199254740993", "0.01"], "9,007,199,254,740,993.01", id="large"),
         pytest.param(["-5", "7"], "2", id="a refund"),
         pytest.param([None, "", 0, "0.00"], "0", id="missing values and zeros"),
@@ -114,7 +114,7 @@ def test_sums_are_exact(fake, run, credits, total):
         pytest.param("Acme, Inc.", "Acme, Inc.", id="a comma"),
         pytest.param('say "hi"', 'say "hi"', id="quotes"),
         pytest.param("\u682a\u5f0f\u4f1a\u793e", "\u682a\u5f0f\u4f1a\u793e", id="Japanese"),
-        pytest.param("rocket-\U0001f680", "rocket-\U0001f680", id="emoji"),
+        pytest.param('say "hi",', 'say "hi",', id="a comma after quotes"),
         pytest.param("two\nlines", "two lines", id="a line feed"),
         pytest.param("red\x1b[31m", "red[31m", id="an escape sequence"),
     ],
@@ -151,7 +151,6 @@ def test_without_a_column_the_other_tables_are_shown(fake, run, missing):
         pytest.param(ROWS[0][:-1], id="a row too short"),
         pytest.param([*ROWS[0], 1], id="a row too long"),
         pytest.param(make_row(PROJECT_NAME='a","b')[:-1], id="a row that looks complete"),
-        pytest.param(make_row(TOTAL_CREDITS="many"), id="a word"),
         pytest.param(make_row(TOTAL_CREDITS="NaN"), id="NaN"),
         pytest.param(make_row(TOTAL_CREDITS="1,5"), id="a number with a comma"),
     ],
