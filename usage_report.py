@@ -9,7 +9,8 @@ A run
   5. downloads the parts, merges them, and prints the path of the report,
   6. shows a summary on stderr.
 
-If a run is interrupted, the same command resumes it.
+If a run is interrupted, the same command resumes it. But after midnight UTC,
+--period yesterday and this-month are other windows: then use --job-id.
 
 exit codes:
   0    the report is complete, or the dry run is done
@@ -97,7 +98,7 @@ BASE_URL = re.compile(r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\])
 # one before. So a short job is noticed soon after it is completed.
 CHECK_AGES = (15, 26, 45, 78, 135, 233, 403, 697, 1207, 2089)
 CHECK_INTERVAL = 3600 // MAX_REQUESTS  # after the first hour
-MIN_WAIT = 3600  # Each run waits at least this long, even for an old job.
+MIN_WAIT = 3600  # No run gives up earlier, even if the job is old.
 MARGIN = 15 * 60  # added to EXPORT_LIMIT and to MIN_WAIT
 MAX_FAILED_CHECKS = 5  # in a row
 MAX_EMPTY_RESPONSES = 3  # that say "completed" and have no links
@@ -131,7 +132,7 @@ class InvalidSetting(ReportError):
 
 
 class NothingToCollect(ReportError):
-    """The export job failed, has no usage, or does not exist. hold_folder() forgets it."""
+    """The export job failed, has no usage, or does not exist. The next run requests a new one."""
 
 
 class NoUsage(NothingToCollect):
@@ -165,7 +166,7 @@ class RateLimited(TemporaryError):
 
 class UnexpectedResponse(TemporaryError):
     """A response is not what the API sends: a proxy may have sent it. Retried like any temporary
-    error, but if that does not help, neither does the same command."""
+    error, but if that does not help, a rerun is unlikely to."""
 
     exit_code = 1
     advice = ""
@@ -723,7 +724,9 @@ def flush_folder(folder: Path) -> None:
 # --- The export job ---
 
 # All that the next run must know is in the export's folder: job.json, with the job ID and the time
-# of the request, and the complete parts. A folder without job.json has nothing to resume.
+# of the request, and the complete parts. So it does not send the POST again, asks for the links,
+# downloads the parts that are not there, and starts the merge from the beginning. A folder without
+# job.json has nothing to resume.
 
 JOB_FILE = "job.json"
 MERGED_FILE = "merged.csv"
@@ -737,7 +740,7 @@ class Job(NamedTuple):
 
 def export_folder(settings: Settings, organizations: Iterable[str]) -> Path:
     """The hidden folder of this export. Each run with these organizations and this window finds it.
-    A window ends yesterday at the latest, so --period this-month has another folder tomorrow."""
+    (The window is already cut to yesterday. So that of --period this-month changes every day.)"""
     if settings.job_id:
         key = [settings.job_id]
     else:
@@ -762,17 +765,17 @@ def hold_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except NothingToCollect:
-        (folder / JOB_FILE).unlink()
+        (folder / JOB_FILE).unlink()  # so that the folder is removed below
         raise
     finally:
         lock_file.close()  # Windows cannot remove an open file.
-        # Without a job, there is nothing to resume.
         if not (folder / JOB_FILE).exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def lock(file: IO[str]) -> None:
-    """Lock a file until it is closed. Raises BlockingIOError or PermissionError if it is locked."""
+    """Lock a file until it is closed, or the process ends or is killed. Raises BlockingIOError or
+    PermissionError if another process has locked it."""
     if sys.platform == "win32":
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
@@ -819,8 +822,8 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
     after Ctrl-C.
 
     A POST without a clear response may have started a job, and the API does not list jobs. So it is
-    retried only once. Raises MayHaveStarted if that fails, too. After a 429, the POST is always
-    retried; without a connection, it is not."""
+    retried only once. Raises MayHaveStarted if the retry has no clear response or no connection. A
+    429 does not count: the POST waits and is sent again."""
     unclear_responses = 0
     with ThreadPoolExecutor(1) as executor:
         while True:
@@ -833,7 +836,7 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
             except NoConnection as error:
                 if unclear_responses == 0:
                     raise
-                raise MayHaveStarted(str(error)) from None
+                raise MayHaveStarted(str(error)) from None  # by the POST before
             except MayHaveStarted as error:
                 unclear_responses += 1
                 if unclear_responses == 2:
@@ -876,8 +879,8 @@ def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job
 def next_check_age(age: int) -> int:
     """The age at which a job of this age is checked next (both in seconds since the request).
 
-    The API grants 10 GETs an hour. So the eleventh check is due an hour after the first, and the
-    next ones every 6 minutes."""
+    The API grants 10 GETs an hour, and CHECK_AGES uses them up. So the next check is due an hour
+    after the first one, at 3615 seconds, and then every 6 minutes."""
     for due in CHECK_AGES:
         if due > age:
             return due
@@ -906,7 +909,7 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
     repeatedly."""
     path = f"{settings.jobs_path}/{job.job_id}"
     give_up_at = max(job.requested_at + EXPORT_LIMIT, time.time() + MIN_WAIT) + MARGIN
-    next_check = job.requested_at + CHECK_AGES[0]  # This is past if the run resumes: no wait.
+    next_check = job.requested_at + CHECK_AGES[0]  # usually past if the run resumes: no pause
     state = "requested"
     empty_responses = 0
     failures: list[ReportError] = []  # in a row
@@ -987,15 +990,16 @@ def download_part(name: str, link: str, path: Path) -> None:
 
 # --- Merging the parts: the header once, then every row of every part ---
 
-# CircleCI writes a part in one of two dialects. The first byte of the part tells which:
+# CircleCI writes a part in one of two dialects. The first byte of the part tells which. The other
+# columns show how a cell with a given text is written:
 #
 #            first byte   text x,y   text x"y   text x\y   missing value
 #   quoted   a quote      "x,y"      "x""y"     "x\y"      "\N"
 #   bare     any other    x\,y       x"y        x\\y       \N or \\N
 #
 # The report is plain CSV (RFC 4180), where a missing value is an empty cell, and any cell may have
-# quotes. So rows of a quoted part keep theirs, and rows of a bare part get them where needed. (A
-# bare part may have blocks that are plain CSV already: see is_plain_csv().)
+# quotes. So rows of a quoted part keep theirs, and rows of a bare part get them where needed.
+# (As a precaution, a block of a bare part may also be plain CSV already: see is_plain_csv().)
 #
 # Rows are converted in blocks that end where a row ends. In a typical block, emptying the missing
 # values is all there is to do, and operations on the whole block do that 10 times faster than the
@@ -1008,7 +1012,7 @@ MAX_ROW_LINES = 1000  # A quote that is never closed must not make the rest of a
 MAX_NAMED_ROWS = 3  # rows with the wrong number of cells that are named, per part
 DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
 COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*")
-# "\N" or \N as a whole cell, with the comma or the start of the line before it.
+# "\N" or \N as a whole cell (with one backslash), and the comma or the start of the line before it.
 QUOTED_MISSING = re.compile(rb'(?m)(^|,)"\\N"(?=,|\r?$)')
 BARE_MISSING = re.compile(rb"(?m)(^|,)\\N(?=,|\r?$)")
 csv.field_size_limit(1 << 30)  # The csv module refuses cells over 128 kB by default.
@@ -1056,7 +1060,7 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
                     line_number = 2  # of the first row below the header
                     blocks = read_blocks(part)
                     if not columns:
-                        columns = cells
+                        columns = cells  # names, which need no conversion
                         target.write(first_row.removesuffix(b"\n") + b"\n")
                 else:
                     line_number = 1
@@ -1072,8 +1076,8 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
 
 
 def parse_first_row(row: bytes, width: int) -> list[str]:
-    """The cells of the first row of a part, in either dialect. `width` is that of the header, or 0
-    if there is none yet."""
+    """The cells of the first row of a part, in either dialect. `width` is the number of columns, or
+    0 if it is not known yet: then a bare row is not taken for plain CSV."""
     if not row.startswith(b'"'):
         row = convert_bare(row, width)
     return next(csv.reader(as_text_file(row)), [])
@@ -1110,7 +1114,7 @@ def read_blocks(file: IO[bytes] | gzip.GzipFile, start: bytes = b"") -> Iterator
 def complete_row(file: IO[bytes] | gzip.GzipFile, lines: bytes) -> bytes:
     """Lines, and those that follow in the file until the last row is complete: its quotes are
     closed, and (in the bare dialect) its line end is not escaped. A bare x"y looks like an open
-    quote. Then the result has more rows than necessary."""
+    quote, too: then more rows follow than necessary, which is harmless."""
     for _ in range(MAX_ROW_LINES):
         escaped = lines.endswith((b"\\\n", b"\\\r\n"))
         within_quotes = lines.count(b'"') % 2 == 1
@@ -1147,7 +1151,7 @@ def convert_rows(
 
 def convert_quoted(block: bytes) -> bytes:
     r"""Rows of the quoted dialect as plain CSV: "a","\N","b" becomes "a","","b"."""
-    # Text may hold "\N", too, but its quotes are doubled: ""\N or \N"". Then look at whole cells.
+    # Text may hold "\N", too, as in "\N""x" or "x""\N". Such a block needs a look at whole cells.
     if rb'""\N' in block or rb'\N""' in block:
         return QUOTED_MISSING.sub(rb'\1""', block)
     return block.replace(rb'"\N"', b'""')
@@ -1156,13 +1160,13 @@ def convert_quoted(block: bytes) -> bytes:
 def convert_bare(block: bytes, width: int) -> bytes:
     r"""Rows of the bare dialect as plain CSV: a,\N,x\,y becomes a,,"x,y"."""
     simple = block
-    # Each twice, because neighbors share a comma: the first pass misses every other one.
+    # Each twice, because neighbors share a comma: ,\N,\N, becomes ,,\N, in the first pass.
     for missing in (rb",\\N,", rb",\\N,", rb",\N,", rb",\N,"):
         if BACKSLASH in simple:
             simple = simple.replace(missing, b",,")
     if BACKSLASH not in simple and b'"' not in simple:
         return simple
-    return convert_bare_slowly(block, width)
+    return convert_bare_slowly(block, width)  # not `simple`, where text may have been replaced
 
 
 def convert_bare_slowly(block: bytes, width: int) -> bytes:
@@ -1170,22 +1174,22 @@ def convert_bare_slowly(block: bytes, width: int) -> bytes:
     if is_plain_csv(block, width):
         if rb"\N" not in block:
             return block
-        rows = csv.reader(as_text_file(block))
+        rows = csv.reader(as_text_file(block))  # leaves backslashes as they are
         missing = [r"\N", r"\\N"]
     else:
-        # The csv module removes the backslash that escapes a character. So it would read \N as N:
-        # empty these cells before. It reads \\N as \N.
+        # With an escapechar, the csv module reads \N as N. So empty these cells first. It reads \\N
+        # as \N: write_rows() empties those.
         block = BARE_MISSING.sub(rb"\1", block)
         rows = csv.reader(as_text_file(block), quoting=csv.QUOTE_NONE, escapechar="\\")
         missing = [r"\N"]
-    # A cell with a \r needs quotes. The csv module adds them only if line ends have a \r, too.
+    # csv.writer quotes a cell with \r only if the line end that it writes has \r, too.
     line_end = "\r\n" if b"\r" in block else "\n"
     return write_rows(rows, missing, line_end)
 
 
 def is_plain_csv(block: bytes, width: int) -> bool:
-    """Whether a block of a bare part is plain CSV, with quotes where needed. Every CSV program but
-    CircleCI's writes that, so CircleCI may do so one day."""
+    """Whether a block of a bare part is plain CSV, with quotes where needed. Most programs write CSV
+    like that, so CircleCI may change to it, too."""
     has_quoted_cell = block.startswith(b'"') or b',"' in block or b'\n"' in block
     if not has_quoted_cell:
         return False
@@ -1210,8 +1214,8 @@ def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: 
 def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
     """Line (counted from 0) and number of cells of each row with the wrong number of cells, in a
     block of plain CSV."""
-    # Usually, each line has width - 1 separators, and that is all. (This misses a row that lacks a
-    # cell and has "," in a name. The summary still counts it.)
+    # Usually, each line has width - 1 separators. Then no row is irregular. (This misses a row that
+    # lacks a cell and has "," in a name. The summary still counts it.)
     separator = b'","' if b'"' in block else b","
     if {line.count(separator) for line in block.splitlines()} == {width - 1}:
         return
@@ -1423,7 +1427,7 @@ def find_or_request_job(settings: Settings, body: dict[str, Any], folder: Path) 
     for part in folder.glob("part-*"):  # left if a run was killed after it removed job.json
         part.unlink()
     if settings.job_id:
-        # Its age is unknown. As if it were 15 seconds old, it is checked at once.
+        # Its age is unknown. If it is taken to be 15 seconds, the first check is due at once.
         job = Job(settings.job_id, time.time() - CHECK_AGES[0])
         save_job(folder, job)
         return job
