@@ -1188,8 +1188,8 @@ def convert_bare_slowly(block: bytes, width: int) -> bytes:
 
 
 def is_plain_csv(block: bytes, width: int) -> bool:
-    """Whether a block of a bare part is plain CSV, with quotes where needed. Most programs write CSV
-    like that, so CircleCI may change to it, too."""
+    """Whether a block of a bare part is plain CSV, with quotes where needed. Most programs write
+    CSV like that, so CircleCI may change to it, too."""
     has_quoted_cell = block.startswith(b'"') or b',"' in block or b'\n"' in block
     if not has_quoted_cell:
         return False
