@@ -10,7 +10,7 @@ A run
   6. shows a summary on stderr.
 
 If a run is interrupted, the same command resumes it. But after midnight UTC,
---period yesterday and this-month are other windows: then use --job-id.
+--period yesterday and this-month mean new windows: use --job-id then.
 
 exit codes:
   0    the report is complete, or the dry run is done
@@ -95,13 +95,13 @@ BASE_URL = re.compile(r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1|\[::1\])
 # --- This script's choices (times in seconds, sizes in bytes) ---
 
 # The ages at which a job is checked in its first hour: MAX_REQUESTS of them, each 1.73 times the
-# one before. So a short job is noticed soon after it is completed.
+# one before. So the end of a short job is noticed soon.
 CHECK_AGES = (15, 26, 45, 78, 135, 233, 403, 697, 1207, 2089)
 CHECK_INTERVAL = 3600 // MAX_REQUESTS  # after the first hour
 MIN_WAIT = 3600  # No run gives up earlier, even if the job is old.
 MARGIN = 15 * 60  # added to EXPORT_LIMIT and to MIN_WAIT
 MAX_FAILED_CHECKS = 5  # in a row
-MAX_EMPTY_RESPONSES = 3  # that say "completed" and have no links
+MAX_EMPTY_RESPONSES = 3  # that say "completed" but have no links
 RETRY_PAUSES = (1, 2, 4, 8, 16)
 POST_PAUSE = 15  # before a POST without a clear response is retried
 TIMEOUTS = (10, 60)  # to connect, and between two reads
@@ -180,8 +180,8 @@ class MayHaveStarted(ReportError):
     """A POST got no clear response. It may have started an export job."""
 
     advice = (
-        "CircleCI may have started an export job. Running the command again may start another: "
-        "the limit is 10 an hour."
+        "CircleCI may have started an export job. Running the command again may start another "
+        "(limit: 10 an hour)."
     )
 
 
@@ -478,7 +478,7 @@ def cut_window(name: str, window: Window, now: datetime) -> Window:
         raise ValueError(f"{name}: the start must be before the end.")
     if end - start > timedelta(days=MAX_WINDOW_DAYS):
         raise ValueError(f"{name} is longer than {MAX_WINDOW_DAYS} days.")
-    months = (now.year - start.year) * 12 + now.month - start.month  # without days
+    months = (now.year - start.year) * 12 + now.month - start.month  # ignores days
     if months > HISTORY_MONTHS or (months == HISTORY_MONTHS and start.day < now.day):
         raise ValueError(f"{name} starts more than {HISTORY_MONTHS} months ago.")
     if end.date() == latest.date() and now.hour < REFRESH_HOUR:
@@ -503,7 +503,7 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
             timeout=TIMEOUTS,
             allow_redirects=False,
             auth=lambda request: request,  # Otherwise, requests adds a login from ~/.netrc.
-            proxies={"http": ""},  # none for http, which is for loopback: it would see the token
+            proxies={"http": ""},  # none for http (loopback only): a proxy would see the token
             **options,
         )
     except ProxyError:
@@ -522,7 +522,7 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
         error_class = ReportError
         reason = "invalid URL. Check CIRCLECI_BASE_URL and HTTPS_PROXY."
     except RequestException as error:
-        # In requests, a MaxRetryError is the cause if it could not connect, and only then.
+        # The cause is a MaxRetryError if requests could not connect, and only then.
         could_not_connect = isinstance(error.args[0], urllib3.exceptions.MaxRetryError)
         error_class = NoConnection if could_not_connect else TemporaryError
         reason = "the connection failed or was lost. Check the network."
@@ -699,7 +699,7 @@ def show_request(settings: Settings, organizations: Mapping[str, str]) -> None:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name once it is complete and flushed to disk, and is removed if the
-    block fails. A draft that a killed run has left is overwritten."""
+    block fails. A draft left by a killed run is overwritten."""
     draft = path.with_name(f"{path.name}.new")
     try:
         with open(draft, "wb") as file:
@@ -724,9 +724,8 @@ def flush_folder(folder: Path) -> None:
 # --- The export job ---
 
 # All that the next run must know is in the export's folder: job.json, with the job ID and the time
-# of the request, and the complete parts. So it does not send the POST again, asks for the links,
-# downloads the parts that are not there, and starts the merge from the beginning. A folder without
-# job.json has nothing to resume.
+# of the request, and the complete parts. So that run skips the POST, asks for the links, downloads
+# the missing parts, and starts the merge over. A folder without job.json has nothing to resume.
 
 JOB_FILE = "job.json"
 MERGED_FILE = "merged.csv"
@@ -740,7 +739,7 @@ class Job(NamedTuple):
 
 def export_folder(settings: Settings, organizations: Iterable[str]) -> Path:
     """The hidden folder of this export. Each run with these organizations and this window finds it.
-    (The window is already cut to yesterday. So that of --period this-month changes every day.)"""
+    (The window ends yesterday or earlier, so --period this-month has a new one every day.)"""
     if settings.job_id:
         key = [settings.job_id]
     else:
@@ -821,9 +820,9 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
     """Start an export job and save its ID. Both run in a worker thread, so that they can finish
     after Ctrl-C.
 
-    A POST without a clear response may have started a job, and the API does not list jobs. So it is
-    retried only once. Raises MayHaveStarted if the retry has no clear response or no connection. A
-    429 does not count: the POST waits and is sent again."""
+    A POST without a clear response (408, 5xx, none, or not the API's JSON) is retried only once: it
+    may have started a job, and the API does not list jobs. If the retry has no clear response or no
+    connection, raises MayHaveStarted. A 429 does not count: after a wait, the POST is resent."""
     unclear_responses = 0
     with ThreadPoolExecutor(1) as executor:
         while True:
@@ -836,7 +835,7 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
             except NoConnection as error:
                 if unclear_responses == 0:
                     raise
-                raise MayHaveStarted(str(error)) from None  # by the POST before
+                raise MayHaveStarted(str(error)) from None  # by the first POST
             except MayHaveStarted as error:
                 unclear_responses += 1
                 if unclear_responses == 2:
@@ -846,7 +845,7 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
             except KeyboardInterrupt:  # during the POST, which continues in its thread
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 log.warning("Waiting for CircleCI's response, so that the job ID is not lost")
-                post.result()  # raises its own error if the POST failed
+                post.result()  # raises the POST's error if it failed
                 raise
 
 
@@ -860,8 +859,8 @@ def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job
     try:
         job_id = call_api(settings, "POST", settings.jobs_path, parse, body)
     except (NoConnection, RateLimited):
-        raise  # This POST has started no job.
-    except TemporaryError as error:  # 408, 5xx, no response, or one that is not the API's JSON
+        raise  # This POST did not start a job.
+    except TemporaryError as error:
         raise MayHaveStarted(str(error)) from None
     job = Job(job_id, requested_at)
     try:
@@ -879,8 +878,8 @@ def post_and_save(settings: Settings, body: dict[str, Any], folder: Path) -> Job
 def next_check_age(age: int) -> int:
     """The age at which a job of this age is checked next (both in seconds since the request).
 
-    The API grants 10 GETs an hour, and CHECK_AGES uses them up. So the next check is due an hour
-    after the first one, at 3615 seconds, and then every 6 minutes."""
+    The API allows 10 GETs an hour, and CHECK_AGES uses them up. So the next check is due an hour
+    after the first, at 3615 seconds, and then there is one every 6 minutes."""
     for due in CHECK_AGES:
         if due > age:
             return due
@@ -909,13 +908,14 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
     repeatedly."""
     path = f"{settings.jobs_path}/{job.job_id}"
     give_up_at = max(job.requested_at + EXPORT_LIMIT, time.time() + MIN_WAIT) + MARGIN
-    next_check = job.requested_at + CHECK_AGES[0]  # usually past if the run resumes: no pause
+    next_check = job.requested_at + CHECK_AGES[0]  # usually past in a resumed run: no pause
     state = "requested"
     empty_responses = 0
     failures: list[ReportError] = []  # in a row
     while next_check < give_up_at:
         pause(next_check - time.time(), f"Export job: {state}. Next check")
-        # Set before the request, so that a slow response does not shift the schedule.
+        # Set before the request, so that a slow response does not skip a check. Rounded, so that
+        # waking a little early does not repeat one.
         age = round(time.time() - job.requested_at)
         next_check = job.requested_at + next_check_age(age)
         try:
@@ -954,7 +954,7 @@ def raise_last(failures: Sequence[ReportError]) -> NoReturn:
 
 def download_parts(links: Sequence[str], folder: Path) -> list[Path]:
     """The files of all parts, in order. Parts from an earlier run are reused. This relies on
-    CircleCI to list the links of a job in the same order each time."""
+    CircleCI listing a job's links in the same order each time."""
     paths = []
     for number, link in enumerate(links, 1):
         name = f"Part {number} of {len(links)}"
@@ -991,28 +991,30 @@ def download_part(name: str, link: str, path: Path) -> None:
 # --- Merging the parts: the header once, then every row of every part ---
 
 # CircleCI writes a part in one of two dialects. The first byte of the part tells which. The other
-# columns show how a cell with a given text is written:
+# columns show how a cell with given text is written:
 #
 #            first byte   text x,y   text x"y   text x\y   missing value
 #   quoted   a quote      "x,y"      "x""y"     "x\y"      "\N"
 #   bare     any other    x\,y       x"y        x\\y       \N or \\N
 #
-# The report is plain CSV (RFC 4180), where a missing value is an empty cell, and any cell may have
-# quotes. So rows of a quoted part keep theirs, and rows of a bare part get them where needed.
-# (As a precaution, a block of a bare part may also be plain CSV already: see is_plain_csv().)
+# A bare \\N is taken as a missing value, although the text \N is written like that, too.
+#
+# The report is plain CSV (RFC 4180), where a missing value is an empty cell, and any cell may be
+# quoted. So quoted parts keep their quotes, and bare parts get them where needed. (As a precaution,
+# blocks of plain CSV in a bare part are accepted: see is_plain_csv().)
 #
 # Rows are converted in blocks that end where a row ends. In a typical block, emptying the missing
 # values is all there is to do, and operations on the whole block do that 10 times faster than the
-# csv module. All other blocks go through the csv module.
+# csv module. Only the other blocks of a bare part go through the csv module.
 
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
 BACKSLASH = b"\\"
 MAX_ROW_LINES = 1000  # A quote that is never closed must not make the rest of a part one row.
-MAX_NAMED_ROWS = 3  # rows with the wrong number of cells that are named, per part
+MAX_NAMED_ROWS = 3  # how many rows with the wrong number of cells are named, per part
 DAMAGED_GZIP = (zlib.error, EOFError, gzip.BadGzipFile)
 COLUMN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*")
-# "\N" or \N as a whole cell (with one backslash), and the comma or the start of the line before it.
+# "\N" or \N as a whole cell (with one backslash), plus the comma or line start before it.
 QUOTED_MISSING = re.compile(rb'(?m)(^|,)"\\N"(?=,|\r?$)')
 BARE_MISSING = re.compile(rb"(?m)(^|,)\\N(?=,|\r?$)")
 csv.field_size_limit(1 << 30)  # The csv module refuses cells over 128 kB by default.
@@ -1020,8 +1022,8 @@ csv.field_size_limit(1 << 30)  # The csv module refuses cells over 128 kB by def
 
 @contextlib.contextmanager
 def open_part(name: str, path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """The content of a part, gzipped or not. If the block finds the part damaged or wrong, the part
-    is removed."""
+    """The content of a part, gzipped or not. A part that the `with` block finds damaged or wrong is
+    removed."""
     try:
         with open(path, "rb") as file:
             if file.peek(2).startswith(GZIP_MAGIC):
@@ -1077,16 +1079,16 @@ def merge_parts(parts: Sequence[Path], merged: Path, raw: bool) -> None:
 
 def parse_first_row(row: bytes, width: int) -> list[str]:
     """The cells of the first row of a part, in either dialect. `width` is the number of columns, or
-    0 if it is not known yet: then a bare row is not taken for plain CSV."""
+    0 if it is not known yet: then is_plain_csv() is false."""
     if not row.startswith(b'"'):
         row = convert_bare(row, width)
     return next(csv.reader(as_text_file(row)), [])
 
 
 def begins_with_header(name: str, cells: Sequence[str], columns: Sequence[str]) -> bool:
-    """Whether the first row of a part is the header. Raises ReportError if it differs from the
-    header of earlier parts (`columns`), or if it is neither a header nor a row."""
-    hint = "The next run downloads it again."
+    """Whether the first row of a part is a header. Raises ReportError if that header differs from
+    the one of earlier parts (`columns`), or if the row is neither a header nor data."""
+    hint = "The next run downloads that part again."
     is_header = len(cells) >= 2 and all(COLUMN_NAME.fullmatch(cell) for cell in cells)
     if is_header and columns and cells != columns:
         missing = clean(", ".join(set(columns) - set(cells)) or "none")
@@ -1114,7 +1116,7 @@ def read_blocks(file: IO[bytes] | gzip.GzipFile, start: bytes = b"") -> Iterator
 def complete_row(file: IO[bytes] | gzip.GzipFile, lines: bytes) -> bytes:
     """Lines, and those that follow in the file until the last row is complete: its quotes are
     closed, and (in the bare dialect) its line end is not escaped. A bare x"y looks like an open
-    quote, too: then more rows follow than necessary, which is harmless."""
+    quote, too, and adds more rows than necessary, which is harmless."""
     for _ in range(MAX_ROW_LINES):
         escaped = lines.endswith((b"\\\n", b"\\\r\n"))
         within_quotes = lines.count(b'"') % 2 == 1
@@ -1134,7 +1136,7 @@ def convert_rows(
 ) -> Iterator[bytes]:
     """The rows of a part as plain CSV, in blocks. `line_number` is that of the first row.
 
-    A row with more or fewer cells than the header is kept; a notice names the first few."""
+    Rows with more or fewer cells than the header are kept; notices name the first few."""
     irregular = 0
     for block in blocks:
         converted = convert_quoted(block) if quoted else convert_bare(block, width)
@@ -1151,7 +1153,8 @@ def convert_rows(
 
 def convert_quoted(block: bytes) -> bytes:
     r"""Rows of the quoted dialect as plain CSV: "a","\N","b" becomes "a","","b"."""
-    # Text may hold "\N", too, as in "\N""x" or "x""\N". Such a block needs a look at whole cells.
+    # A longer cell can hold the same four bytes: "\N""x" is the text \N"x, and "x""\N" is x"\N. If
+    # the block may have such a cell, only whole cells are emptied.
     if rb'""\N' in block or rb'\N""' in block:
         return QUOTED_MISSING.sub(rb'\1""', block)
     return block.replace(rb'"\N"', b'""')
@@ -1166,30 +1169,30 @@ def convert_bare(block: bytes, width: int) -> bytes:
             simple = simple.replace(missing, b",,")
     if BACKSLASH not in simple and b'"' not in simple:
         return simple
-    return convert_bare_slowly(block, width)  # not `simple`, where text may have been replaced
+    return convert_bare_slowly(block, width)  # not `simple`: it may have lost text, as in a\,\N,
 
 
 def convert_bare_slowly(block: bytes, width: int) -> bytes:
-    """The same for any rows of the bare dialect, by the csv module."""
+    """The same for any rows of the bare dialect, with the csv module."""
     if is_plain_csv(block, width):
         if rb"\N" not in block:
             return block
         rows = csv.reader(as_text_file(block))  # leaves backslashes as they are
         missing = [r"\N", r"\\N"]
     else:
-        # With an escapechar, the csv module reads \N as N. So empty these cells first. It reads \\N
-        # as \N: write_rows() empties those.
+        # With an escapechar, the csv module reads \N as N. So empty those cells first. It reads \\N
+        # as \N, which write_rows() empties.
         block = BARE_MISSING.sub(rb"\1", block)
         rows = csv.reader(as_text_file(block), quoting=csv.QUOTE_NONE, escapechar="\\")
         missing = [r"\N"]
-    # csv.writer quotes a cell with \r only if the line end that it writes has \r, too.
+    # A cell with \r needs quotes. csv.writer adds them only if its line end has \r, too.
     line_end = "\r\n" if b"\r" in block else "\n"
     return write_rows(rows, missing, line_end)
 
 
 def is_plain_csv(block: bytes, width: int) -> bool:
     """Whether a block of a bare part is plain CSV, with quotes where needed. Most programs write
-    CSV like that, so CircleCI may change to it, too."""
+    CSV that way, so CircleCI may switch to it, too."""
     has_quoted_cell = block.startswith(b'"') or b',"' in block or b'\n"' in block
     if not has_quoted_cell:
         return False
@@ -1212,10 +1215,10 @@ def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: 
 
 
 def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
-    """Line (counted from 0) and number of cells of each row with the wrong number of cells, in a
-    block of plain CSV."""
-    # Usually, each line has width - 1 separators. Then no row is irregular. (This misses a row that
-    # lacks a cell and has "," in a name. The summary still counts it.)
+    """The line (counted from 0) and the number of cells of each irregular row in a block of plain
+    CSV."""
+    # If each line has width - 1 separators, as usual, no row is irregular. (This misses a row that
+    # lacks a cell and has the three characters "," in a name. The summary still counts it.)
     separator = b'","' if b'"' in block else b","
     if {line.count(separator) for line in block.splitlines()} == {width - 1}:
         return
@@ -1331,7 +1334,7 @@ def split_rows(block: bytes, width: int) -> list[list[bytes]]:
 
 def all_are_doubled(text: bytes, rows: Sequence[Sequence[bytes]], width: int) -> bool:
     """Whether all quotes in cells are doubled: then `text` was split in the right places. A cell
-    with the text a","b is "a"",""b" there. Split at ",", each half keeps a single quote."""
+    with the text a","b is written "a"",""b". A split at "," leaves a single quote in each half."""
     quotes_in_cells = text.count(b'"') - 2 * width * len(rows)  # Each cell has 2 around it.
     if quotes_in_cells <= 0:
         return True
@@ -1383,7 +1386,7 @@ def show_problems(usage: Usage) -> None:
     if usage.irregular_rows:
         problems.append(f"rows with the wrong number of cells: {usage.irregular_rows}")
     if usage.not_numbers:
-        problems.append(f"cells with credits that are not numbers: {usage.not_numbers}")
+        problems.append(f"credit cells that are not numbers: {usage.not_numbers}")
     if problems:
         log.warning("The report is complete, but its summary is not (%s)", ", ".join(problems))
 
@@ -1427,7 +1430,7 @@ def find_or_request_job(settings: Settings, body: dict[str, Any], folder: Path) 
     for part in folder.glob("part-*"):  # left if a run was killed after it removed job.json
         part.unlink()
     if settings.job_id:
-        # Its age is unknown. If it is taken to be 15 seconds, the first check is due at once.
+        # Its age is unknown. Assume 15 seconds, so that the first check is due at once.
         job = Job(settings.job_id, time.time() - CHECK_AGES[0])
         save_job(folder, job)
         return job
