@@ -1169,7 +1169,7 @@ def convert_bare(block: bytes, width: int) -> bytes:
             simple = simple.replace(missing, b",,")
     if BACKSLASH not in simple and b'"' not in simple:
         return simple
-    return convert_bare_slowly(block, width)  # not `simple`: it may have lost text, as in a\,\N,
+    return convert_bare_slowly(block, width)  # not `simple`: it may have lost text, as in a\,\\N,
 
 
 def convert_bare_slowly(block: bytes, width: int) -> bytes:
@@ -1215,9 +1215,9 @@ def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: 
 
 
 def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:
-    """The line (counted from 0) and the number of cells of each irregular row in a block of plain
-    CSV."""
-    # If each line has width - 1 separators, as usual, no row is irregular. (This misses a row that
+    """The line (counted from 0) and the number of cells of each row in a block of plain CSV that
+    does not have `width` cells."""
+    # If each line has width - 1 separators, as usual, there is no such row. (This misses one that
     # lacks a cell and has the three characters "," in a name. The summary still counts it.)
     separator = b'","' if b'"' in block else b","
     if {line.count(separator) for line in block.splitlines()} == {width - 1}:
