@@ -509,8 +509,8 @@ def send(what: str, method: str, url: str, **options: Any) -> requests.Response:
     except ProxyError:
         error_class = NoConnection
         reason = "cannot use the proxy. Check HTTPS_PROXY."
-    except SSLError:
-        error_class = NoConnection
+    except SSLError:  # usually before the request is sent, but not always
+        error_class = TemporaryError
         reason = "untrusted certificate. Behind a proxy, set REQUESTS_CA_BUNDLE."
     except ConnectTimeout:
         error_class = NoConnection
@@ -821,9 +821,9 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
     after Ctrl-C.
 
     A POST without a clear response (408, 5xx, none, or not the API's JSON) is retried only once: it
-    may have started a job, and the API does not list jobs. If the retry has no clear response or no
-    connection, raises MayHaveStarted. A 429 does not count: after a wait, the POST is resent."""
-    unclear_responses = 0
+    may have started a job, and the API does not list jobs. If the retry fails, too, raises
+    MayHaveStarted. A 429 does not count: after a wait, the POST is resent."""
+    is_retry = False
     with ThreadPoolExecutor(1) as executor:
         while True:
             post = executor.submit(post_and_save, settings, body, folder)
@@ -832,14 +832,12 @@ def request_job(settings: Settings, body: dict[str, Any], folder: Path) -> Job:
             except RateLimited as error:
                 log.warning("%s", error)
                 pause(error.seconds, "Retry")
-            except NoConnection as error:
-                if unclear_responses == 0:
+            except ReportError as error:
+                if is_retry:
+                    raise MayHaveStarted(str(error)) from None  # by the first POST
+                if not isinstance(error, MayHaveStarted):
                     raise
-                raise MayHaveStarted(str(error)) from None  # by the first POST
-            except MayHaveStarted as error:
-                unclear_responses += 1
-                if unclear_responses == 2:
-                    raise
+                is_retry = True
                 log.warning("%s", error)
                 pause(POST_PAUSE, "Second and final attempt")
             except KeyboardInterrupt:  # during the POST, which continues in its thread
@@ -930,12 +928,13 @@ def wait_for_links(settings: Settings, job: Job) -> list[str]:
                 raise_last(failures)
         else:
             failures.clear()
+            if state != "completed":
+                continue
             if links:
                 return links
-            if state == "completed":
-                empty_responses += 1
-                if empty_responses == MAX_EMPTY_RESPONSES:
-                    raise NoUsage(f"{NO_USAGE}: the export has no files. Check the dates.")
+            empty_responses += 1
+            if empty_responses == MAX_EMPTY_RESPONSES:
+                raise NoUsage(f"{NO_USAGE}: the export has no files. Check the dates.")
     raise NotFinished(f"Export job {job.job_id} is not finished (state: {state}).")
 
 
@@ -1181,13 +1180,20 @@ def convert_bare_slowly(block: bytes, width: int) -> bytes:
         missing = [r"\N", r"\\N"]
     else:
         # With an escapechar, the csv module reads \N as N. So empty those cells first. It reads \\N
-        # as \N, which write_rows() empties.
+        # as \N, which is emptied below.
         block = BARE_MISSING.sub(rb"\1", block)
         rows = csv.reader(as_text_file(block), quoting=csv.QUOTE_NONE, escapechar="\\")
         missing = [r"\N"]
-    # A cell with \r needs quotes. csv.writer adds them only if its line end has \r, too.
-    line_end = "\r\n" if b"\r" in block else "\n"
-    return write_rows(rows, missing, line_end)
+    output = io.StringIO(newline="")
+    if b"\r\n" in block:
+        writer = csv.writer(output, lineterminator="\r\n")
+    elif b"\r" in block:  # in a cell, which csv.writer would not quote
+        writer = csv.writer(output, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    else:
+        writer = csv.writer(output, lineterminator="\n")
+    for cells in rows:
+        writer.writerow(["" if cell in missing else cell for cell in cells])
+    return output.getvalue().encode("utf-8", "surrogateescape")
 
 
 def is_plain_csv(block: bytes, width: int) -> bool:
@@ -1203,15 +1209,6 @@ def is_plain_csv(block: bytes, width: int) -> bool:
     except csv.Error:
         return False
     return True
-
-
-def write_rows(rows: Iterable[Sequence[str]], missing: Sequence[str], line_end: str) -> bytes:
-    """Rows as plain CSV, with an empty cell for each that is `missing`."""
-    output = io.StringIO(newline="")
-    writer = csv.writer(output, lineterminator=line_end)
-    for cells in rows:
-        writer.writerow(["" if cell in missing else cell for cell in cells])
-    return output.getvalue().encode("utf-8", "surrogateescape")
 
 
 def find_irregular_rows(block: bytes, width: int) -> Iterator[tuple[int, int]]:

@@ -63,7 +63,6 @@ def test_a_temporary_problem_is_retried(fake, run, output, answers):
         pytest.param(Answer(b"", 403), 75, "expired", 1, id="403"),
         pytest.param(Answer(b"", 404), 1, "404", 1, id="404"),
         pytest.param(Answer(b"", 302, {"Location": "/me"}), 1, "302", 1, id="a redirect"),
-        pytest.param(Answer(PARTS[1], 206), 1, "206", 1, id="206"),
         pytest.param(Answer(b"", 429), 75, "429", 6, id="429"),
         pytest.param(Answer(b"", 503), 75, "503", 6, id="503"),
         pytest.param(Answer(BODY, cut=99), 75, "connection", 6, id="cut"),

@@ -125,6 +125,7 @@ def test_a_second_run_of_the_same_export_is_refused(fake, run, clock, output):
         pytest.param(always(HTML), id="HTML"),
         pytest.param(always(in_json({"usage_export_job_id": "../me"}, 201)), id="a path as the ID"),
         pytest.param([problem(500, "?"), problem(429, "?"), Answer(drop=True)], id="with a 429"),
+        pytest.param([problem(502, "?"), problem(400, "No.")], id="then a 400"),
     ],
 )
 def test_a_post_without_a_clear_answer_is_repeated_once(fake, run, output, answers):

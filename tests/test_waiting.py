@@ -153,7 +153,7 @@ def test_five_failures_in_a_row_end_the_run(fake, run, output, answers, code, ke
 
 
 def test_failures_that_are_not_in_a_row_do_not_add_up(fake, run):
-    processing = in_json({"state": "processing", "download_urls": None})
+    processing = in_json({"state": "processing", "download_urls": ["https://early.invalid"]})
     fake.plan("GET", *[BUSY, BUSY, processing] * 4)
     assert run().code == 0
 
